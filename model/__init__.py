@@ -1,0 +1,29 @@
+"""DeepLabV3+ for semantic segmentation: ResNet and Xception-65 backbones, ImageNet weights, published checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.backbone import BACKBONES, create_backbone
+from model.semseg.deeplabv3plus import DeepLabV3Plus
+from model.weights import WeightsError, load_checkpoint_state, load_pretrained, read_checkpoint
+
+__all__ = ["BACKBONES", "DeepLabV3Plus", "WeightsError", "build_model", "load_checkpoint_state", "read_checkpoint"]
+
+
+def build_model(cfg: Any, pretrained: bool = True) -> DeepLabV3Plus:
+    """DeepLabV3+ as the config says, its backbone loaded with ImageNet weights.
+
+    Reads `cfg.backbone`, `cfg.nclass`, `cfg.dilations`, `cfg.replace_stride_with_dilation` and `cfg.pretrained`:
+    True stands for `pretrained/BACKBONE.pth`, a text for the path of a weights file, False for no weights.
+    `pretrained=False` loads none whatever the config says, as suits a model whose checkpoint is loaded next.
+
+    Raises WeightsError (one line: file, what was expected, where to get it), and ValueError for an unknown backbone
+    or an output stride that the backbone does not have.
+    """
+    model = DeepLabV3Plus(
+        create_backbone(cfg.backbone, cfg.replace_stride_with_dilation), nclass=cfg.nclass, dilations=cfg.dilations
+    )
+    if pretrained and cfg.pretrained:
+        load_pretrained(model.backbone, cfg.backbone, None if cfg.pretrained is True else cfg.pretrained)
+    return model

@@ -1,0 +1,27 @@
+"""Backbones: modules whose `forward(x)` gives two feature maps, c1 at stride 4 and c4 at the output stride.
+
+Their widths are the attributes `c1_channels` and `c4_channels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from model.backbone.resnet import resnet18, resnet50, resnet101
+from model.backbone.xception import xception65
+
+BACKBONES = {"resnet18": resnet18, "resnet50": resnet50, "resnet101": resnet101, "xception": xception65}
+
+
+def create_backbone(name: str, replace_stride_with_dilation: Sequence[bool] = (False, False, True)) -> nn.Module:
+    """The backbone of that name, freshly initialised.
+
+    Raises ValueError for an unknown name or an output stride that the backbone does not have.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone: unknown name '{name}', choose one of {', '.join(BACKBONES)}")
+    if len(replace_stride_with_dilation) != 3:
+        raise ValueError(f"replace_stride_with_dilation: three booleans needed, got {replace_stride_with_dilation}")
+    return BACKBONES[name](tuple(bool(dilate) for dilate in replace_stride_with_dilation))

@@ -1,0 +1,104 @@
+"""DeepLabV3+ with UniMatch's feature perturbation.
+
+Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018
+(arXiv 1802.02611); Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation",
+CVPR 2023 (arXiv 2208.09910), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> list[nn.Module]:
+    """Convolution that keeps the size, BN, ReLU: the layers, so that they can stand in a longer Sequential."""
+    padding = dilation * (kernel_size // 2)
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear; corner pixels stay corner pixels."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class ImagePooling(nn.Module):
+    """The mean over the image, through a 1x1 convolution, at every position."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Interpolating a single pixel repeats it.
+        return self.gap(x).expand(-1, -1, *x.shape[2:])
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 and an image-pooling branch, concatenated, projected."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilations: Sequence[int]) -> None:
+        super().__init__()
+        self.b0 = nn.Sequential(*conv_bn_relu(in_channels, out_channels, 1))
+        self.b1 = nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, dilations[0]))
+        self.b2 = nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, dilations[1]))
+        self.b3 = nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, dilations[2]))
+        self.b4 = ImagePooling(in_channels, out_channels)
+        self.project = nn.Sequential(*conv_bn_relu(5 * out_channels, out_channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = (self.b0, self.b1, self.b2, self.b3, self.b4)
+        return self.project(torch.cat([branch(x) for branch in branches], dim=1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """Backbone, ASPP head on c4, decoder on its output and c1, per-pixel classifier.
+
+    `backbone(x)` gives (c1, c4); the decoder is an eighth of c4 wide (256 for 2048).
+    `fp_dropout` is the rate of the channel dropout of the feature perturbation; 0 turns it off.
+    """
+
+    REDUCED_CHANNELS = 48  # of c1, lest it outweighs the head's output
+
+    def __init__(self, backbone: nn.Module, nclass: int, dilations: Sequence[int] = (6, 12, 18)) -> None:
+        super().__init__()
+        width = backbone.c4_channels // 8
+        self.fp_dropout = 0.5
+        self.backbone = backbone
+        self.head = ASPP(backbone.c4_channels, width, dilations)
+        self.reduce = nn.Sequential(*conv_bn_relu(backbone.c1_channels, self.REDUCED_CHANNELS, 1))
+        self.fuse = nn.Sequential(
+            *conv_bn_relu(self.REDUCED_CHANNELS + width, width, 3),
+            *conv_bn_relu(width, width, 3),
+        )
+        self.classifier = nn.Conv2d(width, nclass, 1)
+
+    def forward(self, x: Tensor, need_fp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalised image (B, 3, H, W) -> logits (B, nclass, H, W); with `need_fp`, (logits, logits_fp).
+
+        logits_fp come from the same features after channel dropout (UniMatch, section 3.2), in eval mode as well.
+        """
+        c1, c4 = self.backbone(x)
+        if not need_fp:
+            return resize(self._decode(c1, c4), x.shape[2:])
+        # Clean and dropped features go through the decoder as one batch: its BN statistics cover both.
+        c1 = torch.cat([c1, self._drop_channels(c1)])
+        c4 = torch.cat([c4, self._drop_channels(c4)])
+        logits, logits_fp = resize(self._decode(c1, c4), x.shape[2:]).chunk(2)
+        return logits, logits_fp
+
+    def _drop_channels(self, x: Tensor) -> Tensor:
+        # A function, not a module, so that eval mode does not turn it off.
+        return F.dropout2d(x, self.fp_dropout, training=True)
+
+    def _decode(self, c1: Tensor, c4: Tensor) -> Tensor:
+        """(B, c1_channels, h, w), (B, c4_channels, ., .) -> logits (B, nclass, h, w)."""
+        c4 = resize(self.head(c4), c1.shape[2:])
+        return self.classifier(self.fuse(torch.cat([self.reduce(c1), c4], dim=1)))

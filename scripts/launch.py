@@ -1,0 +1,149 @@
+"""Start a training script in several processes on this machine: torchrun, with checks before and short errors after.
+
+    python -m scripts.launch --processes 4 [--port 29500] unimatch.py --config configs/pascal.yaml ...
+
+One process per GPU; without a GPU, or with `--set device=cpu`, the processes share the CPU. The port is where the
+processes meet; a free one is taken when none is given. The exit status is 0, or that of the first process that failed
+(128 + number if a signal ended it), or 2 with one line on stderr if the launch cannot work.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+
+class LaunchError(ValueError):
+    """A launch that cannot work. The message is one line with the way out."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise LaunchError(f"{message}; {self.format_usage().strip()}")
+
+
+def parse_args(argv):
+    """`argv` (list of str, None for the command line's) as a namespace: processes, port or None, script, arguments."""
+    parser = _Parser(
+        prog="python -m scripts.launch", description="Start a training script in several processes.", allow_abbrev=False
+    )
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="processes, one per GPU")
+    parser.add_argument("--port", type=int, metavar="P", help="port at which they meet (default: a free one)")
+    parser.add_argument("script", metavar="METHOD.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to METHOD.py")
+    return parser.parse_args(argv)
+
+
+def check_port(port):
+    """Raise LaunchError unless a server could listen on `port` (int) now."""
+    if not 1024 <= port <= 65535:
+        raise LaunchError(f"port {port} is out of range; choose one from 1024 to 65535, or leave it out for a free one")
+    with socket.socket() as server:
+        # As the rendezvous server does: a port just released by an earlier run counts as free.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError as error:
+            reason = "taken" if error.errno == errno.EADDRINUSE else f"not usable ({error.strerror})"
+            raise LaunchError(f"port {port} is {reason}; choose another, or leave it out for a free one") from None
+
+
+def check_gpus(processes, gpus, arguments):
+    """Raise LaunchError if `processes` need more GPUs than the `gpus` visible ones.
+
+    None visible, or `--set device=cpu` among the script's `arguments`, means the CPU, which any number can share.
+    """
+    devices = [word.removeprefix("--set=").removeprefix("device=") for word in arguments if "device=" in word]
+    if devices and devices[-1] == "cpu":
+        return
+    if 0 < gpus < processes:
+        raise LaunchError(
+            f"{processes} processes, but only {gpus} visible GPUs: start at most {gpus}, or add --set device=cpu"
+        )
+
+
+def first_failure(failures):
+    """(rank, exit code) of the process that failed first; a negative exit code is a signal's number.
+
+    `failures`: torchrun's dict from rank to failure, in the order in which it saw them, times in whole seconds.
+    Once one process has failed torchrun ends the others by SIGTERM, so these come last. Others fail for want of their
+    peer, with an uncaught exception's status 1, so within a second any other status or signal comes first.
+    """
+    order = {
+        rank: (failure.exitcode == -signal.SIGTERM, failure.timestamp, failure.exitcode == 1)
+        for rank, failure in failures.items()
+    }
+    rank = min(order, key=order.get)
+    return rank, failures[rank].exitcode
+
+
+def exit_status(rank, exitcode):
+    """The status to exit with for a process's exit code; the end by a signal, which could say nothing, is reported."""
+    if exitcode > 0:
+        return exitcode
+    try:
+        name = f" ({signal.Signals(-exitcode).name})"
+    except ValueError:  # a real-time signal
+        name = ""
+    cause = "; out of memory is the usual cause" if exitcode == -signal.SIGKILL else ""
+    print(f"error: process {rank} was ended by signal {-exitcode}{name}{cause}", file=sys.stderr)
+    return 128 - exitcode
+
+
+def run(processes, port, script, arguments):
+    """Run the script under torchrun and return the exit status. A signal to this process is passed on to all."""
+    import torch
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    check_gpus(processes, torch.cuda.device_count(), arguments)
+    if processes > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # torchrun logs every failure at length; `exit_status` says it in a line. The processes' own logging is untouched.
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+
+    # By its own name a machine may not find itself; localhost always works.
+    meeting = ["--standalone", "--local-addr=localhost"] if port is None else [f"--master-port={port}"]
+    try:
+        with tempfile.TemporaryDirectory() as logs:  # its own would stay behind
+            options = [*meeting, "--nnodes=1", f"--nproc-per-node={processes}", f"--log-dir={logs}"]
+            torchrun.main([*options, script, *arguments])
+    except ChildFailedError as error:
+        return exit_status(*first_failure(error.failures))
+    except SignalException as error:
+        return 128 + error.sigval
+    except torch.distributed.DistNetworkError as error:  # the port was taken since the check
+        where = "" if port is None else f" at port {port}"
+        raise LaunchError(f"the processes cannot meet{where}: {str(error).splitlines()[0]}") from None
+    return 0
+
+
+def main(argv=None):
+    """Check, run, and return the exit status."""
+    try:
+        args = parse_args(argv)
+        if args.processes < 1:
+            raise LaunchError(f"--processes {args.processes}: at least 1 is needed")
+        if not Path(args.script).is_file():
+            raise LaunchError(f"{args.script}: no such file; name a training script, such as unimatch.py")
+        if args.port is not None:
+            check_port(args.port)
+        return run(args.processes, args.port, args.script, args.arguments)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before torchrun has taken over the signals: nothing runs yet
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Train on this machine: one process per GPU, or gloo processes on the CPU where there is no GPU.
+set -eu
+
+# What to train. Environment variables of the same names override.
+dataset=${dataset:-pascal}
+method=${method:-unimatch}
+exp=${exp:-r101}
+split=${split:-732}
+
+usage() {
+    echo "usage: [NAME=VALUE ...] sh scripts/train.sh <num_gpu> [port] [arguments of METHOD.py ...]"
+    variables
+    echo "example: dataset=cityscapes split=1_16 sh scripts/train.sh 4 29500 --set epochs=2"
+}
+
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+. ./scripts/common.sh
+
+case ${1:-} in
+    -h | --help) usage && exit ;;
+esac
+check_number num_gpu "${1:-}"
+num_gpu=$1
+shift
+port=
+case ${1:-} in
+    '' | -*) ;;
+    *) check_number port "$1" && port=$1 && shift ;;
+esac
+check_run
+find_python
+
+# exec: a signal to this script reaches the launcher, which passes it on to all processes.
+exec "$PYTHON" -m scripts.launch --processes "$num_gpu" ${port:+--port "$port"} \
+    "$method.py" --config "$config" --labeled-id-path "$labeled" ${unlabeled:+--unlabeled-id-path "$unlabeled"} \
+    --save-path "$save" ${double:+--double-batch} "$@"

@@ -1,0 +1,49 @@
+"""Reference weights by formula, and the comparison of a tensor to its summary in figures.json."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def reference_state(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict for which the figures were computed: every tensor a function of its name and shape (float32)."""
+    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
+    return {name: _reference_tensor(name, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def _reference_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("running_var"):
+        value = 1 + 0.1 * np.abs(n)
+    elif name.endswith(("running_mean", "bias")):
+        value = 0.1 * n
+    elif len(shape) == 4:
+        value = n * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
+    else:
+        value = 0.7 + 0.1 * n
+    return torch.from_numpy(value.astype(np.float32))
+
+
+def check_summary(tensor: Tensor, summary: Mapping[str, Any], rtol: float = 1e-5) -> None:
+    """Assert that shape, mean, std, l2 norm and the eight samples of `tensor` are those of `summary`.
+
+    Figures have 7 digits and were computed in float64. Exact zeros, as after a ReLU, must be zeros.
+    """
+    assert list(tensor.shape) == list(summary["shape"])
+    flat = tensor.detach().double().flatten()
+    picks = torch.from_numpy(np.linspace(0, flat.numel() - 1, 8).astype(np.int64))
+    computed = {"mean": flat.mean().item(), "l2": flat.norm().item()}
+    if summary["std"] is not None:  # a single value has none
+        computed["std"] = flat.std().item()
+    assert computed == pytest.approx({key: summary[key] for key in computed}, rel=rtol, abs=0)
+    assert flat[picks].tolist() == pytest.approx(list(summary["samples"]), rel=rtol, abs=0)

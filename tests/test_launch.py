@@ -1,0 +1,557 @@
+"""The launchers: checks, exit statuses, what reaches the training script, and the shell scripts around them.
+
+The shell scripts run in a copy of `scripts/` beside stand-ins for the training scripts, in a folder whose name
+has spaces. Most run with a stand-in for Python too, which only tells its arguments.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from scripts import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELL_SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
+OURS = ("dataset", "method", "exp", "split", "config", "labeled", "unlabeled", "double_batch", "gpus_per_node",
+        "cpus_per_task", "PYTHON", "OMP_NUM_THREADS", "VIRTUAL_ENV", "CONDA_PREFIX", "MASTER_ADDR", "MASTER_PORT",
+        "RANK", "WORLD_SIZE", "LOCAL_RANK")  # fmt: skip
+
+RECORD = """
+import json, os, sys
+keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS", "SLURM_PROCID", "SLURM_NTASKS")
+line = json.dumps({"argv": sys.argv, "cwd": os.getcwd(), **{key: os.environ.get(key) for key in keys}})
+os.write(1, (line + "\\n").encode())  # in one piece, as several processes share stdout
+"""
+
+
+def run(*command, cwd=ROOT, **variables):
+    """Run a command with none of the launchers' variables set but those given; stdout and stderr apart."""
+    env = {key: value for key, value in os.environ.items() if key not in OURS} | variables
+    command = [str(word) for word in command]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def run_launch(script, *arguments, processes=1, **kwargs):
+    return run(sys.executable, "-m", "scripts.launch", "--processes", processes, script, *arguments, **kwargs)
+
+
+def records(result):
+    """What the stand-ins wrote, by rank."""
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    return sorted(found, key=lambda record: record["RANK"] or record["SLURM_PROCID"])
+
+
+def write(path, text, mode=0o644):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def listening_port():
+    server = socket.socket()
+    server.bind(("", 0))
+    server.listen()
+    return server, server.getsockname()[1]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of stand-ins around the real scripts."""
+    root = tmp_path / "a clone with spaces"
+    shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for method in ("unimatch", "fixmatch", "supervised"):
+        write(root / f"{method}.py", RECORD)
+    for path in ("configs/pascal.yaml", "configs/coco.yaml", "configs/toy.yaml", "configs/my own.yaml",
+                 "splits/pascal/732/labeled.txt", "splits/pascal/92/labeled.txt", "splits/coco/1_512/labeled.txt",
+                 "lists/my list.txt"):  # fmt: skip
+        write(root / path, "")
+    return root
+
+
+def sh(project, script, *arguments, cwd="/", **variables):
+    """Run one of the project's shell scripts, with a Python that prints its arguments, one a line, unless given."""
+    if "PYTHON" not in variables:
+        variables["PYTHON"] = str(write(project.parent / "echo", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n", 0o755))
+    return run("sh", project / "scripts" / script, *arguments, cwd=cwd, **variables)
+
+
+def arguments_of(result):
+    """The arguments that a shell script gave to Python."""
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
+
+
+def assert_usage_error(result, *expected):
+    """Exit status 2, usage, and the error on the last line."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("usage: ")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    for text in expected:
+        assert text in last
+    assert "Traceback" not in result.stderr
+
+
+# scripts.launch
+
+
+def test_every_process_gets_its_rank_the_arguments_and_a_share_of_the_cores(tmp_path):
+    script = write(tmp_path / "a script.py", RECORD)
+    result = run_launch(script, "--set", "epochs=2", "name=two words", processes=2)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    found = records(result)
+    assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"]) for r in found] == [("0", "0", "2"), ("1", "1", "2")]
+    assert all(r["argv"] == [str(script), "--set", "epochs=2", "name=two words"] for r in found)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert all(int(r["OMP_NUM_THREADS"]) == max(1, cores // 2) for r in found)
+
+
+def test_the_given_port_and_number_of_threads_are_kept(tmp_path):
+    server, port = listening_port()
+    server.close()
+    script = write(tmp_path / "script.py", RECORD)
+    result = run(sys.executable, "-m", "scripts.launch", "--processes=2", f"--port={port}", script, OMP_NUM_THREADS="7")
+    assert result.returncode == 0, result.stderr
+    assert [(r["MASTER_PORT"], r["OMP_NUM_THREADS"]) for r in records(result)] == [(str(port), "7")] * 2
+
+
+def test_the_exit_status_and_the_words_of_a_failing_process_pass_through_and_nothing_is_added(tmp_path):
+    script = write(
+        tmp_path / "script.py",
+        """
+import os, sys, time
+if os.environ["RANK"] == "0":
+    time.sleep(60)
+print("out", flush=True)
+print("error: in my own words", file=sys.stderr)
+sys.exit(3)
+""",
+    )
+    result = run_launch(script, processes=2)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "out\n", "error: in my own words\n")
+
+
+def test_a_killed_process_is_reported_in_one_line_and_as_128_plus_the_signal(tmp_path):
+    script = write(
+        tmp_path / "script.py",
+        """
+import os, signal, time
+if os.environ["RANK"] == "0":
+    time.sleep(60)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+    )
+    result = run_launch(script, processes=2)
+    assert result.returncode == 128 + signal.SIGKILL
+    assert result.stderr == "error: process 1 was ended by signal 9 (SIGKILL); out of memory is the usual cause\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_processes_without_a_traceback(tmp_path, number):
+    script = write(
+        tmp_path / "script.py",
+        """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+started = pathlib.Path(sys.argv[1], os.environ["RANK"] + ".part")
+started.write_text(str(os.getpid()))
+started.rename(started.with_suffix(".pid"))
+time.sleep(100)
+""",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.launch", "--processes", "2", str(script), str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started = [tmp_path / "0.pid", tmp_path / "1.pid"]
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr == ""
+    for path in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--processes", "0", "unimatch.py"], "--processes 0"),
+        (["--processes", "two", "unimatch.py"], "'two'"),
+        (["unimatch.py"], "--processes"),
+        (["--processes", "1"], "METHOD.py"),
+        (["--processes", "1", "no/such.py"], "no/such.py: no such file"),
+        (["--processes", "1", "--port", "80", "scripts/launch.py"], "port 80 is out of range"),
+        (["--processes", "1", "--port", "65536", "scripts/launch.py"], "port 65536 is out of range"),
+    ],
+)
+def test_a_launch_that_cannot_work_is_one_line_and_status_2(words, expected, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert launch.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_a_taken_port_is_refused_with_the_way_out(capsys):
+    server, port = listening_port()
+    with server:
+        assert launch.main(["--processes", "1", "--port", str(port), __file__]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: port {port} is taken; choose another")
+
+
+def test_a_port_taken_after_the_check_is_one_line_too(tmp_path):
+    script = write(tmp_path / "script.py", RECORD)
+    program = "import sys, scripts.launch as l; l.check_port = lambda port: None; sys.exit(l.main(sys.argv[1:]))"
+    server, port = listening_port()
+    with server:
+        result = run(sys.executable, "-c", program, "--processes", 1, "--port", port, script)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: the processes cannot meet at port {port}")
+
+
+def test_a_free_port_is_accepted():
+    server, port = listening_port()
+    server.close()
+    launch.check_port(port)
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers_and_the_way_out():
+    with pytest.raises(launch.LaunchError, match=r"^8 processes, but only 2 .* at most 2, .*--set device=cpu$"):
+        launch.check_gpus(8, 2, [])
+    with pytest.raises(launch.LaunchError):
+        launch.check_gpus(8, 2, ["--set", "device=cpu", "device=cuda"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "arguments"),
+    [(2, 2, []), (8, 0, []), (8, 2, ["--set", "device=cpu"]), (8, 2, ["--set=device=cpu"]), (1, 8, ["--set", "lr=1"])],
+)
+def test_as_many_processes_as_gpus_or_any_number_on_the_cpu_are_accepted(processes, gpus, arguments):
+    launch.check_gpus(processes, gpus, arguments)
+
+
+@pytest.mark.parametrize(
+    ("exits", "expected"),
+    [
+        ({0: (-15, 5), 1: (3, 5)}, (1, 3)),  # torchrun's own SIGTERM
+        ({0: (1, 5), 1: (-9, 5)}, (1, -9)),  # lost its peer
+        ({0: (1, 5), 1: (2, 5)}, (1, 2)),
+        ({0: (1, 4), 1: (2, 5)}, (0, 1)),  # a second earlier
+        ({2: (1, 5), 0: (1, 5)}, (2, 1)),
+        ({0: (-15, 5)}, (0, -15)),
+    ],
+)
+def test_the_failure_reported_is_the_first_that_others_did_not_cause(exits, expected):
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=second) for rank, (code, second) in exits.items()}
+    assert launch.first_failure(failures) == expected
+
+
+# train.sh
+
+
+def test_train_runs_in_the_project_from_any_folder(project, tmp_path):
+    result = sh(project, "train.sh", 2, "--set", "name=two words", cwd=tmp_path, PYTHON=sys.executable)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [r["RANK"] for r in records(result)] == ["0", "1"]
+    for record in records(result):
+        assert record["cwd"] == str(project)
+        assert record["argv"] == [
+            "unimatch.py", "--config", "configs/pascal.yaml", "--labeled-id-path", "splits/pascal/732/labeled.txt",
+            "--save-path", "exp/pascal/unimatch/r101/732", "--set", "name=two words",
+        ]  # fmt: skip
+
+
+def test_trains_exit_status_is_that_of_the_training(project):
+    write(project / "unimatch.py", "raise SystemExit(5)")
+    result = sh(project, "train.sh", 1, PYTHON=sys.executable)
+    assert (result.returncode, result.stdout, result.stderr) == (5, "", "")
+
+
+def test_train_is_also_run_by_bash_from_its_own_folder(project):
+    result = run("bash", "train.sh", 1, cwd=project / "scripts", PYTHON="echo", CDPATH="/usr")
+    assert arguments_of(result)[0].startswith(
+        "-m scripts.launch --processes 1 unimatch.py --config configs/pascal.yaml "
+    )
+
+
+def test_train_takes_a_port_and_variables_from_the_environment(project):
+    variables = {"dataset": "coco", "method": "fixmatch", "exp": "xc65", "split": "1_512", "unlabeled": "train 2017"}
+    assert arguments_of(sh(project, "train.sh", 4, 29500, "--resume", "never", **variables)) == [
+        "-m", "scripts.launch", "--processes", "4", "--port", "29500",
+        "fixmatch.py", "--config", "configs/coco.yaml", "--labeled-id-path", "splits/coco/1_512/labeled.txt",
+        "--unlabeled-id-path", "train 2017", "--save-path", "exp/coco/fixmatch/xc65/1_512", "--resume", "never",
+    ]  # fmt: skip
+
+
+def test_train_takes_config_and_labelled_list_of_any_dataset(project):
+    result = sh(project, "train.sh", 1, dataset="mine", config="configs/my own.yaml", labeled="lists/my list.txt")
+    assert arguments_of(result)[5:] == [
+        "--config", "configs/my own.yaml", "--labeled-id-path", "lists/my list.txt",
+        "--save-path", "exp/mine/unimatch/r101/732",
+    ]  # fmt: skip
+
+
+def test_train_doubles_the_supervised_batch_unless_told_otherwise(project):
+    assert "--double-batch" in arguments_of(sh(project, "train.sh", 1, method="supervised"))
+    assert "--double-batch" not in arguments_of(sh(project, "train.sh", 1, method="supervised", double_batch="0"))
+    assert "--double-batch" not in arguments_of(sh(project, "train.sh", 1, method="unimatch"))
+
+
+def test_train_finds_the_toy_sets_list_or_says_how_to_make_it(project):
+    assert_usage_error(
+        sh(project, "train.sh", 1, dataset="toy"), "data/toy/labeled.txt", "scripts.make_toy --root data/toy"
+    )
+    write(project / "data/toy/labeled.txt", "")
+    assert "data/toy/labeled.txt" in arguments_of(sh(project, "train.sh", 1, dataset="toy"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ([], {}, ["num_gpu is missing"]),
+        (["four"], {}, ["num_gpu", "'four'"]),
+        (["0"], {}, ["num_gpu", "'0'"]),
+        (["-1"], {}, ["num_gpu", "'-1'"]),
+        (["1", "http"], {}, ["port", "'http'"]),
+        (["1"], {"method": "fixmach"}, ["method=fixmach", "unimatch fixmatch supervised"]),
+        (["1"], {"dataset": "pascla"}, ["configs/pascla.yaml", "coco my own pascal toy"]),
+        (["1"], {"split": "733"}, ["splits/pascal/733/labeled.txt", "one of: 732 92,"]),
+        (["1"], {"dataset": "my own"}, ["splits/my own/732/labeled.txt", "labeled=PATH"]),
+        (["1"], {"labeled": "no.txt"}, ["labeled=no.txt: no such file"]),
+        (["1"], {"config": "no.yaml"}, ["config=no.yaml: no such file"]),
+        (["1"], {"PYTHON": "no/python"}, ["PYTHON=no/python"]),
+    ],
+)
+def test_train_called_wrong_says_what_and_which_choices_exist(project, arguments, variables, expected):
+    assert_usage_error(sh(project, "train.sh", *arguments, **variables), *expected)
+
+
+def test_train_help_is_usage_on_stdout(project):
+    result = sh(project, "train.sh", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: ")
+
+
+def stand_in_python(path, name):
+    """An interpreter, said to have torch, that only tells its name."""
+    write(path, f'#!/bin/sh\n[ "$1" = -c ] || echo {name}\n', 0o755)
+
+
+def test_train_prefers_the_named_python_then_the_active_one_then_the_projects(project, tmp_path):
+    stand_in_python(project / ".venv/bin/python", "project")
+    stand_in_python(tmp_path / "bin/python", "active")
+    stand_in_python(tmp_path / "named", "named")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert sh(project, "train.sh", 1, PYTHON=str(tmp_path / "named"), PATH=path).stdout == "named\n"
+    assert sh(project, "train.sh", 1, PYTHON="", PATH=path).stdout == "project\n"
+    assert sh(project, "train.sh", 1, PYTHON="", PATH=path, VIRTUAL_ENV="/env").stdout == "active\n"
+    write(tmp_path / "bin/python", "#!/bin/sh\nexit 1\n", 0o755)  # without torch, as conda's base
+    assert sh(project, "train.sh", 1, PYTHON="", PATH=path, CONDA_PREFIX="/env").stdout == "project\n"
+
+
+# slurm_train.sh
+
+
+@pytest.fixture
+def srun(tmp_path):
+    """PATH with an srun that records its arguments and runs as many processes as told, as SLURM does."""
+    write(
+        tmp_path / "bin/srun",
+        """#!/bin/sh
+printf '%s\\n' "$@" >"$RECORDED"
+while [ "${1#--}" != "$1" ]; do
+    case $1 in --ntasks=*) tasks=${1#*=} ;; esac
+    shift
+done
+rank=0 status=0 started=
+while [ "$rank" -lt "$tasks" ]; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=$tasks "$@" &
+    started="$started $!"
+    rank=$((rank + 1))
+done
+for process in $started; do
+    wait "$process" || status=$?
+done
+exit $status
+""",
+        0o755,
+    )
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORDED": str(tmp_path / "recorded")}
+
+
+def test_slurm_train_starts_the_processes_with_ranks_port_and_arguments(project, srun):
+    result = sh(project, "slurm_train.sh", 3, 29500, "gpu", "--set", "name=two words", PYTHON=sys.executable, **srun)
+    assert result.returncode == 0, result.stderr
+    found = records(result)
+    assert [(r["SLURM_PROCID"], r["SLURM_NTASKS"], r["MASTER_PORT"]) for r in found] == [
+        (str(rank), "3", "29500") for rank in range(3)
+    ]
+    assert found[0]["cwd"] == str(project)
+    assert found[0]["argv"] == [
+        "unimatch.py", "--config", "configs/pascal.yaml", "--labeled-id-path", "splits/pascal/732/labeled.txt",
+        "--save-path", "exp/pascal/unimatch/r101/732", "--port", "29500", "--set", "name=two words",
+    ]  # fmt: skip
+    assert Path(srun["RECORDED"]).read_text().splitlines()[:11] == [
+        "--partition=gpu", "--job-name=unimatch-pascal-r101-732", "--nodes=1", "--ntasks=3", "--ntasks-per-node=3",
+        "--gres=gpu:3", "--cpus-per-task=5", "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-u",
+    ]  # fmt: skip
+
+
+def test_slurm_train_spreads_over_nodes(project, srun):
+    variables = {"method": "supervised", "gpus_per_node": "4", "cpus_per_task": "7", **srun}
+    result = sh(project, "slurm_train.sh", 8, 29500, "gpu", **variables)
+    assert result.returncode == 0, result.stderr
+    words = Path(srun["RECORDED"]).read_text().splitlines()
+    assert words[2:7] == ["--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--gres=gpu:4", "--cpus-per-task=7"]
+    assert "--double-batch" in words
+
+
+def test_slurm_trains_exit_status_is_that_of_srun(project, srun):
+    write(project / "unimatch.py", "import os, sys\nsys.exit(4 * int(os.environ['SLURM_PROCID']))\n")
+    assert sh(project, "slurm_train.sh", 2, 29500, "gpu", PYTHON=sys.executable, **srun).returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ([], {}, ["num_gpu is missing"]),
+        (["x", "29500", "gpu"], {}, ["num_gpu", "'x'"]),
+        (["4"], {}, ["port is missing"]),
+        (["4", "80", "gpu"], {}, ["port", "'80'"]),
+        (["4", "70000", "gpu"], {}, ["port", "'70000'"]),
+        (["4", "29500"], {}, ["partition is missing"]),
+        (["4", "29500", "--set", "a=b"], {}, ["partition is missing"]),
+        (["12", "29500", "gpu"], {}, ["12 GPUs", "nodes of 8", "gpus_per_node"]),
+        (["4", "29500", "gpu"], {"gpus_per_node": "0"}, ["gpus_per_node", "'0'"]),
+        (["4", "29500", "gpu"], {"split": "733"}, ["splits/pascal/733/labeled.txt"]),
+        (["4", "29500", "gpu"], {"method": "none"}, ["method=none"]),
+    ],
+)
+def test_slurm_train_called_wrong_says_what(project, srun, arguments, variables, expected):
+    assert_usage_error(sh(project, "slurm_train.sh", *arguments, **srun, **variables), *expected)
+    assert not Path(srun["RECORDED"]).exists()
+
+
+def test_slurm_train_without_slurm_names_the_other_launcher(project, tmp_path):
+    tools = tools_only(tmp_path, "sh", "dirname", "cat")
+    result = sh(project, "slurm_train.sh", 1, 29500, "gpu", PATH=tools)
+    assert_usage_error(result, "srun not found", "scripts/train.sh")
+
+
+# setup_env.sh, quickstart.sh, test.sh
+
+
+def tools_only(tmp_path, *names):
+    """A PATH on which nothing but these programs is found."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+def test_setup_makes_the_environment_once_and_again_when_a_list_changes(project):
+    write(project / "requirements.txt", "# nothing\n")
+    write(project / "requirements-dev.txt", "-r requirements.txt\n")
+    first = sh(project, "setup_env.sh", "requirements-dev.txt")
+    assert first.returncode == 0, first.stderr
+    assert "Installing requirements-dev.txt" in first.stdout
+    for arguments in (["requirements-dev.txt"], ["requirements.txt"], []):
+        again = sh(project, "setup_env.sh", *arguments)
+        assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    write(project / "requirements.txt", "# changed\n")
+    assert "Installing requirements.txt" in sh(project, "setup_env.sh").stdout
+    write(project / "requirements.txt", "-e ./no-such-folder\n")
+    assert sh(project, "setup_env.sh").returncode != 0
+    assert "Installing" in sh(project, "setup_env.sh").stdout, "a failed installation counted as done"
+
+
+def test_setup_says_which_python_it_needs(project, tmp_path):
+    write(project / "requirements.txt", "")
+    tools = tools_only(tmp_path, "sh", "dirname", "cat")
+    write(Path(tools) / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.10 || exit 1\n', 0o755)
+    result = sh(project, "setup_env.sh", PATH=tools)
+    assert result.returncode == 2
+    assert result.stderr == "error: Python 3.10 or newer is needed; python3 here: Python 3.8.10\n"
+
+
+def test_setup_says_what_to_install_where_venv_is_missing(project, tmp_path):
+    write(project / "requirements.txt", "")
+    tools = tools_only(tmp_path, "sh", "dirname", "cat")
+    write(Path(tools) / "python3", "#!/bin/sh\ncase $2 in *ensurepip*) exit 1 ;; esac\n", 0o755)
+    result = sh(project, "setup_env.sh", PATH=tools)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: python3 lacks its venv module")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_quickstart_makes_the_set_trains_evaluates_and_predicts_in_this_order(project, tmp_path):
+    python = write(tmp_path / "python", '#!/bin/sh\necho "ran: $*"\n', 0o755)
+    result = sh(project, "quickstart.sh", PYTHON=str(python))
+    assert (result.returncode, result.stderr) == (0, "")
+    ran = [line.removeprefix("ran: ") for line in result.stdout.splitlines() if line.startswith("ran: ")]
+    save = "exp/toy/unimatch/quickstart"
+    assert ran == [
+        "-m scripts.make_toy --root data/toy",
+        f"unimatch.py --config configs/toy.yaml --labeled-id-path data/toy/labeled.txt --save-path {save}",
+        f"-m scripts.evaluate --config configs/toy.yaml --checkpoint {save}/best.pth",
+        f"-m scripts.predict --config configs/toy.yaml --checkpoint {save}/best.pth --images data/toy/val.txt "
+        f"--output {save}/predictions --panel {save}/examples.png",
+    ]
+    assert f"In {save}:\n  examples.png" in result.stdout
+
+
+def test_quickstart_stops_at_the_first_failure_with_its_status(project, tmp_path):
+    python = write(tmp_path / "python", '#!/bin/sh\necho "ran: $*"\n[ "$1" != unimatch.py ] || exit 3\n', 0o755)
+    result = sh(project, "quickstart.sh", PYTHON=str(python))
+    assert result.returncode == 3
+    assert "scripts.evaluate" not in result.stdout
+
+
+def test_the_test_script_runs_pytest_and_returns_its_status(project, tmp_path):
+    python = write(tmp_path / "python", '#!/bin/sh\necho "ran: $*"\nexit 6\n', 0o755)
+    result = sh(project, "test.sh", "-k", "two words", PYTHON=str(python))
+    assert (result.returncode, result.stdout) == (6, "ran: -m pytest --color=no -k two words\n")
+
+
+def test_the_service_only_runs_the_test_script(project):
+    shutil.copytree(ROOT / ".ci", project / ".ci")
+    write(project / "scripts/test.sh", 'echo "$(pwd) $#"; exit 6\n')
+    result = run(project / ".ci/run", cwd="/")
+    assert (result.returncode, result.stdout) == (6, f"{project} 0\n")
+
+
+# All shell scripts
+
+
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
+def test_shell_scripts_parse_as_posix_and_are_executable_unless_sourced(name):
+    path = ROOT / "scripts" / name
+    result = run("sh", "-n", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert os.access(path, os.X_OK) == path.read_text().startswith("#!/bin/sh\n")
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    paths = [*(f"scripts/{name}" for name in SHELL_SCRIPTS), ".ci/run"]
+    result = run(shellcheck, "-x", *paths)
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")

@@ -1,0 +1,259 @@
+"""ImageNet weights and checkpoints: what loads, and what each mistake says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import model.weights
+from model import WeightsError, build_model, load_checkpoint_state, read_checkpoint
+from model.backbone import create_backbone
+
+STATE_DICTS = json.loads((Path(__file__).parent / "reference" / "state_dicts.json").read_text())
+
+
+def make(backbone="resnet18", nclass=5, pretrained=False, load=True):
+    cfg = SimpleNamespace(
+        backbone=backbone,
+        nclass=nclass,
+        dilations=(6, 12, 18),
+        replace_stride_with_dilation=(False, False, True),
+        pretrained=pretrained,
+    )
+    return build_model(cfg, pretrained=load)
+
+
+def filled(shapes):
+    """A state dict of these (name, shape) pairs, each tensor filled with its own number: tiny on disk."""
+    return {name: torch.tensor(float(i % 97 + 1)).expand(tuple(shape)) for i, (name, shape) in enumerate(shapes)}
+
+
+def backbone_state(name="resnet18"):
+    with torch.device("meta"):
+        own = create_backbone(name).state_dict()
+    return filled((key, tensor.shape) for key, tensor in own.items())
+
+
+def assert_loaded(module, state):
+    """Every tensor of `state` has arrived."""
+    own = module.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(own[name], tensor.to(own[name].dtype)), name
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project root without weights; returns its folder `pretrained`."""
+    monkeypatch.setattr(model.weights, "PROJECT_ROOT", tmp_path)
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    return folder
+
+
+def error_of(function, *args, **kwargs):
+    with pytest.raises(WeightsError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- ImageNet weights that load
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "xception"])
+def test_weights_are_read_from_the_project_whatever_the_current_folder(project, monkeypatch, tmp_path, name):
+    state = {k: v for k, v in backbone_state(name).items() if not k.endswith("num_batches_tracked")}
+    extra = {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+    torch.save(state | extra, project / f"{name}.pth")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_loaded(make(name, pretrained=True).backbone, state)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_wrapped_and_prefixed_weights_load(project, wrapper, prefix):
+    state = backbone_state()
+    content = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save({wrapper: content, "epoch": 3} if wrapper else content, project / "resnet18.pth")
+    assert_loaded(make(pretrained=True).backbone, state)
+
+
+def test_training_counters_in_xception_weights_are_left_out(project):
+    state = {k: v for k, v in backbone_state("xception").items() if "track" not in k}
+    counters = {
+        "bn1.running_mean_tmp": torch.zeros(32),
+        "itr": torch.zeros(1),
+        "bn1.num_batches_tracked": torch.ones(1),
+    }
+    torch.save(state | counters, project / "xception.pth")
+    loaded = make("xception", pretrained=True)
+    assert_loaded(loaded.backbone, state)
+    assert loaded.backbone.bn1.num_batches_tracked == 0
+
+
+def test_a_path_is_taken_from_the_current_folder_else_from_the_project(project, monkeypatch, tmp_path):
+    here, there = backbone_state(), {name: tensor + 1 for name, tensor in backbone_state().items()}
+    torch.save(there, project / "mine.pth")
+    (tmp_path / "elsewhere" / "pretrained").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_loaded(make(pretrained="pretrained/mine.pth").backbone, there)
+    torch.save(here, "pretrained/mine.pth")
+    assert_loaded(make(pretrained="pretrained/mine.pth").backbone, here)
+    assert_loaded(make(pretrained=str(project / "mine.pth")).backbone, there)
+
+
+def test_no_file_is_touched_unless_argument_and_config_ask_for_weights(project):
+    make(pretrained=False)
+    make(pretrained=True, load=False)
+    assert "no such file" in error_of(make, pretrained=True)
+
+
+# ---- ImageNet weights that do not
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "xception"])
+def test_missing_weights_say_which_file_what_it_is_and_where_to_get_it(project, name):
+    message = error_of(make, name, pretrained=True)
+    assert str(project / f"{name}.pth") in message
+    assert f"no such file; expected ImageNet weights of {name}" in message
+    assert "pretrained/README.md" in message
+    assert "`pretrained: false`" in message
+
+
+def test_a_backbone_without_published_weights_says_so(project):
+    assert "none are published, or set `pretrained: false`" in error_of(make, "resnet18", pretrained=True)
+
+
+def test_unreadable_weights_are_named(project):
+    path = project / "resnet50.pth"
+    torch.save(backbone_state("resnet50"), path)
+    whole = path.read_bytes()
+    for content in (b"", b"<!DOCTYPE html><html>Too many requests</html>\n", whole[: len(whole) // 2], whole[:-20]):
+        path.write_bytes(content)
+        message = error_of(make, "resnet50", pretrained=True)
+        assert f"{path}: not a PyTorch checkpoint" in message
+        assert "expected ImageNet weights of resnet50" in message
+        assert "pretrained/README.md" in message
+    path.unlink()
+    path.mkdir()
+    assert f"{path}: cannot be read (Is a directory)" in error_of(make, "resnet50", pretrained=True)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {}, [1, 2], {"epoch": 3}, {"model": {"a": 1}}])
+def test_a_file_without_a_state_dict_is_refused(project, content):
+    torch.save(content, project / "resnet50.pth")
+    assert "resnet50.pth: holds no state dict" in error_of(make, "resnet50", pretrained=True)
+
+
+def test_torchvision_s_stem_is_told_apart(project):
+    with torch.device("meta"):
+        own = torchvision.models.resnet50(weights=None).state_dict()
+    torch.save(filled((name, tensor.shape) for name, tensor in own.items()), project / "resnet50.pth")
+    message = error_of(make, "resnet50", pretrained=True)
+    assert "resnet50.pth: a ResNet with another stem, one 7x7 convolution (conv1.weight)" in message
+    assert (
+        "expected ImageNet weights of resnet50 with a deep stem of three 3x3 convolutions (conv1.0.weight)" in message
+    )
+    assert "pretrained/README.md" in message
+
+
+def test_weights_of_another_backbone_are_recognised(project):
+    torch.save(backbone_state("resnet101"), project / "resnet50.pth")
+    assert "resnet50.pth: weights of resnet101; expected" in error_of(make, "resnet50", pretrained=True)
+    torch.save(backbone_state("resnet50"), project / "xception.pth")
+    assert "xception.pth: weights of resnet50; expected" in error_of(make, "xception", pretrained=True)
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named_and_counted(project):
+    state = backbone_state()
+    del state["layer4.1.conv2.weight"]
+    del state["layer4.1.bn2.bias"]
+    state["head.weight"] = torch.zeros(3)
+    state["bn1.weight"] = torch.zeros(7)
+    torch.save(state, project / "resnet18.pth")
+    message = error_of(make, pretrained=True)
+    assert "missing layer4.1.conv2.weight and 1 more, unexpected head.weight, " in message
+    assert "wrong shape bn1.weight (7,) instead of (64,)" in message
+
+
+def test_counters_are_not_left_out_for_a_resnet(project):
+    torch.save(backbone_state() | {"bn1.itr": torch.zeros(1)}, project / "resnet18.pth")
+    assert "unexpected bn1.itr" in error_of(make, pretrained=True)
+
+
+# ---- checkpoints of whole models
+
+
+@pytest.mark.parametrize("backbone", STATE_DICTS)
+def test_published_checkpoints_load_bare_and_under_model(backbone):
+    published = {f"module.{name}": tensor for name, tensor in filled(STATE_DICTS[backbone]).items()}
+    expected = filled(STATE_DICTS[backbone])
+    segmenter = make(backbone, nclass=len(expected["classifier.bias"]))
+    for checkpoint in (published, {"model": published, "optimizer": {}, "epoch": 79, "previous_best": 78.5}):
+        with torch.no_grad():
+            segmenter.classifier.weight.zero_()
+        load_checkpoint_state(segmenter, checkpoint, "best.pth")
+        assert_loaded(segmenter, expected)
+
+
+def test_a_checkpoint_of_other_classes_says_both_numbers():
+    message = error_of(load_checkpoint_state, make(nclass=19), make(nclass=21).state_dict(), "best.pth")
+    assert message == "best.pth: its classifier has 21 classes, the config has 19"
+
+
+def test_a_checkpoint_of_another_backbone_says_both_names():
+    message = error_of(load_checkpoint_state, make(), filled(STATE_DICTS["resnet50"]), "best.pth")
+    assert message == "best.pth: its backbone is resnet50, the config's is resnet18"
+
+
+def test_a_checkpoint_that_differs_leaves_the_model_as_it_was():
+    segmenter = make()
+    before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    del state["fuse.0.weight"]
+    message = error_of(load_checkpoint_state, segmenter, {"model": state | {"aux.bias": torch.zeros(1)}}, "best.pth")
+    assert message == "best.pth: not a checkpoint of this model: missing fuse.0.weight, unexpected aux.bias"
+    assert_loaded(segmenter, before)
+
+
+@pytest.mark.parametrize("checkpoint", [None, [], {}, {"model": None}, {"optimizer": {}}])
+def test_a_checkpoint_without_weights_is_refused(checkpoint):
+    assert "best.pth: holds no state dict" in error_of(load_checkpoint_state, make(), checkpoint, "best.pth")
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_a_numpy_number_in_a_checkpoint_is_read_whichever_numpy_wrote_it(tmp_path, module):
+    path = tmp_path / "best.pth"
+    torch.save({"previous_best": np.float64(78.25), "epoch": np.int64(7)}, path, _use_new_zipfile_serialization=False)
+    written = np.float64(0).__reduce__()[0].__module__.encode()
+    assert written in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"c" + written + b"\n", b"c" + module + b"\n"))
+    assert read_checkpoint(path) == {"previous_best": 78.25, "epoch": 7}
+
+
+class Runs:
+    """Unpickling an instance touches the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"model": Runs(tmp_path / "touched")}, tmp_path / "best.pth")
+    assert "best.pth: not a PyTorch checkpoint of tensors" in error_of(read_checkpoint, tmp_path / "best.pth")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    assert error_of(read_checkpoint, tmp_path / "best.pth") == f"{tmp_path / 'best.pth'}: no such file"
