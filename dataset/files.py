@@ -1,0 +1,201 @@
+"""List files, images and labels on disk, and the checks that find what is wrong with them before training does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dataset.errors import DataError
+
+IGNORE_INDEX = 255
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+# The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_MASK_HINT = "it looks like a 0/255 mask: store class indices, 0 for background and 1 for the object"
+
+
+class Sample(NamedTuple):
+    """One line of a list: paths relative to the data root; an unlabelled line may have no label."""
+
+    image: str
+    label: str | None
+
+
+def read_list(path: str | Path, labels: bool = True) -> list[Sample]:
+    """Read a list file: `image label` or just `image` a line, blank lines and `#` comments allowed.
+
+    Columns are separated by white space, or by a tab where names contain spaces. With `labels`, every line must have a
+    label. Raises DataError for a missing, empty or malformed list.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # some Windows programs begin a file with a mark
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such list file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable list file: {error}") from None
+    samples = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        columns = [column.strip() for column in re.split(r"\t+", line)] if "\t" in line else line.split()
+        if len(columns) > 2:
+            raise DataError(
+                f"{path}:{number}: expected `image label`, found {len(columns)} columns "
+                "(put a tab between the columns where names contain spaces)"
+            )
+        if labels and len(columns) < 2:
+            raise DataError(f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`")
+        samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
+    if not samples:
+        raise DataError(f"{path}: the list is empty")
+    return samples
+
+
+def find_unlabeled(source: str | Path, data_root: str | Path, labeled: Sequence[Sample]) -> list[Sample]:
+    """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
+
+    Their labels, listed or not, are dropped here: nothing after this could open one. Raises DataError.
+    """
+    folder = Path(data_root) / source
+    if Path(source).is_file():
+        images = [sample.image for sample in read_list(source, labels=False)]
+    elif folder.is_dir():
+        images = images_in(folder, Path(data_root))
+    else:
+        raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
+    taken = {_location(data_root, sample.image) for sample in labeled}
+    samples = [Sample(image, None) for image in images if _location(data_root, image) not in taken]
+    if not samples:
+        raise DataError(f"{source}: no unlabelled image in it ({len(images)} images, all of them labelled)")
+    return samples
+
+
+def list_digest(samples: Sequence[Sample]) -> str:
+    """A short fingerprint of a list's content, to notice that a resumed run was given other images."""
+    text = "\n".join(f"{sample.image}\t{sample.label or ''}" for sample in samples)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode an image as 8-bit RGB. Raises DataError naming the file."""
+    with _faults_named(path, "image"), Image.open(path) as image:
+        _check_depth(path, image)
+        return image.convert("RGB")
+
+
+def read_label(path: str | Path) -> Image.Image:
+    """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file."""
+    with _faults_named(path, "label"), Image.open(path) as label:
+        if label.mode not in ("L", "P", "1"):
+            raise DataError(f"{path}: the label is a {label.mode} image; expected one 8-bit channel of class indices")
+        return Image.fromarray(np.asarray(label).astype(np.uint8))  # palette indices stay indices
+
+
+@contextlib.contextmanager
+def _faults_named(path: str | Path, kind: str) -> Iterator[None]:
+    """What opening or decoding the `kind` at `path` raises becomes a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such {kind} (listed paths are relative to data_root)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: unreadable {kind}, truncated or damaged: {error}") from None
+
+
+def _check_depth(path: str | Path, image: Image.Image) -> None:
+    """Refuse grey images of more than 8 bits: Pillow's conversion would cut their values off at 255, nearly white."""
+    if image.mode[0] in "IF":
+        raise DataError(f"{path}: the image has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits")
+
+
+def check_samples(samples: Sequence[Sample], data_root: str | Path, nclass: int, threads: int = 8) -> None:
+    """Check every file of a list; the first fault in list order is raised as DataError.
+
+    Images: present, a readable header, not truncated. Labels: present, of the image's size, values below `nclass` or
+    255. Images are decoded only where their last bytes look cut off; labels always.
+    """
+    root = Path(data_root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; data_root must hold the images that the lists name")
+    found: set[int] = set()
+    with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
+        for values in pool.map(lambda sample: _check_sample(sample, root, nclass), samples):
+            found |= values
+    if IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}:
+        raise DataError(
+            f"{root / samples[0].label}: values found over all {len(samples)} labels of the list: "
+            f"{_few(sorted(found))}, so no class but 0 occurs; {_MASK_HINT}"
+        )
+
+
+def _check_sample(sample: Sample, root: Path, nclass: int) -> set[int]:
+    """The values found in the sample's label (none without one)."""
+    size = _check_image(root / sample.image)
+    if sample.label is None:
+        return set()
+    path = root / sample.label
+    label = read_label(path)
+    if label.size != size:
+        raise DataError(
+            f"{path}: the label is {label.size[0]} x {label.size[1]} pixels, its image {root / sample.image} "
+            f"is {size[0]} x {size[1]}"
+        )
+    found = np.flatnonzero(np.bincount(np.asarray(label).ravel(), minlength=256)).tolist()
+    wrong = [value for value in found if nclass <= value != IGNORE_INDEX]
+    if wrong:
+        hint = f"; {_MASK_HINT}" if len(found) == 2 and found[0] == 0 and found[1] >= 128 else ""
+        raise DataError(
+            f"{path}: label values found: {_few(found)}; allowed are 0..{nclass - 1}, and 255 for ignored pixels{hint}"
+        )
+    return set(found)
+
+
+def _check_image(path: Path) -> tuple[int, int]:
+    """The (width, height) of an image that seems whole."""
+    with _faults_named(path, "image"), open(path, "rb") as file, Image.open(file) as image:
+        _check_depth(path, image)
+        size, mark = image.size, _END_MARKS.get(image.format)
+        file.seek(0, os.SEEK_END)
+        file.seek(-min(64, file.tell()), os.SEEK_END)
+        whole = mark is not None and mark in file.read()
+    if not whole:
+        read_image(path)
+    return size
+
+
+def images_in(folder: Path, root: Path) -> list[str]:
+    """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none."""
+    found = []
+    for directory, _, names in os.walk(folder, followlinks=True):
+        relative = Path(os.path.relpath(directory, root)).as_posix()
+        found += [
+            posixpath.normpath(f"{relative}/{name}")
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    if not found:
+        raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(found)
+
+
+def _location(data_root: str | Path, image: str) -> str:
+    """The same text for the same path, however a list writes it."""
+    return os.path.abspath(os.path.join(data_root, image))
+
+
+def _few(values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return f"{shown}, ... ({len(values)} values)" if len(values) > 8 else shown

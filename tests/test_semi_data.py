@@ -1,0 +1,383 @@
+"""dataset/semi.py: the order of an epoch, samples as functions of their keys, batches and validation shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dataset.semi
+from dataset.files import Sample
+from dataset.semi import (
+    EpochSampler,
+    Key,
+    TrainDataset,
+    UnlabeledViews,
+    collate,
+    default_workers,
+    stream,
+    to_device,
+    train_loader,
+    val_loader,
+)
+from dataset.transform import normalize, to_tensor
+from tests.reference import formulas
+
+SIZE = 24
+LABELED, UNLABELED = 3, 7
+
+# Labelled images, unlabelled ones and iterations per epoch of the published runs: 4 processes x 2.
+PUBLISHED = {
+    **{f"pascal {x}": (x, 10582 - x, n) for x, n in ((92, 1311), (183, 1300), (366, 1277), (732, 1231), (1464, 1140))},
+    **{f"cityscapes {x}": (x, 2975 - x, n) for x, n in ((186, 349), (372, 325), (744, 279), (1488, 186))},
+    **{
+        f"coco {x}": (x, 118287 - x, n)
+        for x, n in ((232, 14757), (463, 14728), (925, 14670), (1849, 14555), (3697, 14324))
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Labelled and unlabelled pictures of many sizes; no unlabelled one has a label on disk."""
+    root = tmp_path_factory.mktemp("data")
+    for i in range(LABELED + UNLABELED):
+        picture, label = formulas.picture(i, 20 + 5 * i, 50 - 3 * i)
+        Image.fromarray(picture).save(root / f"{i}.png")
+        if i < LABELED:
+            Image.fromarray(label).save(root / f"{i}_label.png")
+    return root
+
+
+def _labeled() -> list[Sample]:
+    return [Sample(f"{i}.png", f"{i}_label.png") for i in range(LABELED)]
+
+
+def _dataset(root: Path, strong_views: int = 2, seed: int = 0) -> TrainDataset:
+    unlabeled = [Sample(f"{i}.png", f"{i}_no_such_label.png") for i in range(LABELED, LABELED + UNLABELED)]
+    return TrainDataset(_labeled(), unlabeled, root, SIZE, seed, strong_views)
+
+
+def _tensors(sample) -> list[torch.Tensor]:
+    """The tensors of a sample or batch, in order, whatever holds them."""
+    if isinstance(sample, torch.Tensor):
+        return [sample]
+    return [tensor for part in sample if part is not None for tensor in _tensors(part)]
+
+
+def _equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(_tensors(a), _tensors(b), strict=True))
+
+
+def _epoch(*args, epoch: int = 0, **kwargs) -> list[Key]:
+    sampler = EpochSampler(*args, **kwargs)
+    sampler.set_epoch(epoch)
+    keys = list(sampler)
+    assert len(keys) == len(sampler)
+    return keys
+
+
+# The order of an epoch
+
+
+@pytest.mark.parametrize("partner", ["same_image", "other_image"])
+def test_an_epoch_shows_each_unlabelled_image_exactly_once(partner):
+    for epoch in range(3):
+        keys = _epoch(5, 40, 4, 0, partner=partner, epoch=epoch)
+        assert sorted(key.unlabeled for key in keys) == sorted(key.partner for key in keys) == list(range(40))
+        assert {key.epoch for key in keys} == {epoch}
+
+
+def test_the_labelled_set_is_repeated_to_the_unlabelled_ones_length():
+    keys = _epoch(6, 40, 4, 0)
+    assert sorted(key.labeled for key in keys) == list(range(40))
+    # 40 = 6 * 6 + 4: each labelled image comes six or seven times.
+    assert set(Counter(key.labeled % 6 for key in keys).values()) == {6, 7}
+
+
+def test_a_longer_labelled_set_loses_no_image_for_good():
+    epochs = [[key.labeled for key in _epoch(30, 10, 2, 0, epoch=epoch)] for epoch in range(30)]
+    for labeled in epochs:
+        assert len(set(labeled)) == 10
+    assert {index for labeled in epochs for index in labeled} == set(range(30))
+
+
+def test_a_supervised_epoch_is_one_pass_over_the_labelled_set():
+    keys = _epoch(12, None, 4, 0)
+    assert sorted(key.labeled for key in keys) == list(range(12))
+    assert {(key.unlabeled, key.partner) for key in keys} == {(-1, -1)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_iterations_per_epoch_are_the_published_ones(name):
+    labeled, unlabeled, iterations = PUBLISHED[name]
+    for rank in range(4):
+        assert len(EpochSampler(labeled, unlabeled, 2, 0, rank, processes=4)) == 2 * iterations
+    assert len(_epoch(labeled, unlabeled, 2, 0, rank=3, processes=4)) == 2 * iterations
+
+
+@pytest.mark.parametrize("labeled, unlabeled, share", [(5, 13, 4), (50, 13, 4), (13, None, 4), (5, 10, 3)])
+def test_shares_are_equal_and_only_the_last_images_are_repeated(labeled, unlabeled, share):
+    keys = [_epoch(labeled, unlabeled, 1, 0, rank=rank, processes=4) for rank in range(4)]
+    assert {len(own) for own in keys} == {share}
+    counts = Counter(key.labeled if unlabeled is None else key.unlabeled for own in keys for key in own)
+    images = unlabeled or labeled
+    assert set(counts) == set(range(images)) and sum(counts.values()) == 4 * share
+    assert max(counts.values()) == 2
+
+
+@pytest.mark.parametrize("processes, batch_size", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("labeled, unlabeled", [(5, 42), (60, 42), (42, None)])
+@pytest.mark.parametrize("partner", ["same_image", "other_image"])
+def test_a_step_of_several_processes_sees_what_one_process_would(processes, batch_size, labeled, unlabeled, partner):
+    one = _epoch(labeled, unlabeled, 4, 3, partner=partner, epoch=1)
+    several = [
+        _epoch(labeled, unlabeled, batch_size, 3, rank, processes, partner, epoch=1) for rank in range(processes)
+    ]
+    for step in range(len(one) // 4):
+        together = [key for own in several for key in own[step * batch_size : (step + 1) * batch_size]]
+        assert sorted(together) == sorted(one[4 * step : 4 * step + 4])
+
+
+@pytest.mark.parametrize("unlabeled", [40, None])
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(unlabeled):
+    first = _epoch(40, unlabeled, 4, seed=1, epoch=2)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert _epoch(40, unlabeled, 4, seed=1, epoch=2) == first
+    for other in (_epoch(40, unlabeled, 4, seed=2, epoch=2), _epoch(40, unlabeled, 4, seed=1, epoch=3)):
+        assert [key.labeled for key in other] != [key.labeled for key in first]
+        assert unlabeled is None or [key.unlabeled for key in other] != [key.unlabeled for key in first]
+    if unlabeled:
+        assert [key.labeled for key in first] != [key.unlabeled for key in first]  # two orders, not one
+
+
+def test_a_sampler_can_be_walked_through_twice():
+    sampler = EpochSampler(5, 20, 4, 0)
+    assert list(sampler) == list(sampler)
+
+
+def test_same_image_is_its_own_partner_and_other_image_never():
+    assert all(key.partner == key.unlabeled for key in _epoch(5, 40, 4, 0))
+    for epoch in range(20):
+        for rank in range(3):
+            keys = _epoch(2, 5, 1, 0, rank=rank, processes=3, partner="other_image", epoch=epoch)
+            assert len(keys) == 2 and all(key.partner != key.unlabeled for key in keys)
+
+
+def test_streams_of_different_purposes_differ():
+    draws = {tuple(stream(*seed).integers(1 << 30, size=2)) for seed in np.ndindex(3, 3, 3)}
+    assert len(draws) == 27
+    assert stream(1, 2, 3).random() == stream(1, 2, 3).random()
+
+
+# Samples
+
+
+def test_a_sample_has_the_promised_shapes_and_types(root):
+    (image, label), views, partner = _dataset(root)[Key(0, 0, 0, 0)]
+    assert image.shape == (3, SIZE, SIZE) and label.shape == (SIZE, SIZE)
+    for part in (views, partner):
+        assert isinstance(part, UnlabeledViews)
+        assert part.weak.shape == part.strong1.shape == part.strong2.shape == (3, SIZE, SIZE)
+        assert part.ignore_mask.shape == part.box1.shape == part.box2.shape == (SIZE, SIZE)
+        assert part.box1.dtype == part.box2.dtype == torch.bool
+        assert set(part.ignore_mask.unique().tolist()) <= {0, 255}
+    assert {t.dtype for t in (image, label, *views[:4], *partner[:4])} == {torch.uint8}
+
+
+def test_a_sample_is_a_function_of_its_key_alone(root):
+    keys = _epoch(LABELED, UNLABELED, 1, 0, partner="other_image", epoch=4)
+    used = _dataset(root)
+    for key in keys:
+        used[key]
+    torch.manual_seed(5)
+    np.random.seed(5)
+    for key in reversed(keys):
+        assert _equal(used[key], _dataset(root)[key])
+
+
+def test_epoch_seed_and_view_give_other_draws(root):
+    key = Key(0, 0, 0, 0)
+    _, views, partner = sample = _dataset(root)[key]
+    for other in (_dataset(root)[key._replace(epoch=1)], _dataset(root, seed=1)[key]):
+        for x, y in zip(sample, other, strict=True):
+            assert not _equal(x[:1], y[:1])
+    assert not _equal(views[:1], partner[:1])  # the same image, seen twice
+    assert not _equal(views[1:2], views[2:3])  # two strong views
+
+
+def test_repetitions_of_a_labelled_image_are_drawn_anew(root):
+    data = _dataset(root)
+    first, again = (data._labeled(Key(0, index, 0, 0)) for index in (1, 1 + LABELED))
+    assert not torch.equal(first[0], again[0])
+
+
+def test_labels_follow_their_images(root):
+    """Where images are their labels' grey pictures, views must agree pixel by pixel, up to interpolation at edges."""
+    array = np.kron(np.arange(12).reshape(3, 4) * 20, np.ones((20, 20))).astype(np.uint8)
+    Image.fromarray(array).convert("RGB").save(root / "steps.png")
+    Image.fromarray(array).save(root / "steps_label.png")
+    data = TrainDataset([Sample("steps.png", "steps_label.png")], None, root, SIZE, seed=0)
+    for index in range(30):
+        image, label = data[Key(0, index)]
+        valid = label != 255
+        same = (image[0].int() - label.int()).abs()[valid] <= 2
+        assert same.float().mean() > 0.6 and (image[:, ~valid] == 0).all()
+
+
+def test_fixmatchs_only_strong_view_is_unimatchs_first(root):
+    two, one = _dataset(root, strong_views=2), _dataset(root, strong_views=1)
+    for index in range(5):
+        key = Key(2, index, index, (index + 1) % UNLABELED)
+        (labeled2, *views2), (labeled1, *views1) = two[key], one[key]
+        assert _equal(labeled1, labeled2)
+        for with_two, with_one in zip(views2, views1, strict=True):
+            assert with_one.strong2 is None and with_one.box2 is None
+            assert _equal(with_one, with_two._replace(strong2=None, box2=None))
+
+
+def test_strong_views_and_masks_belong_to_the_weak_view(root):
+    """The ignore mask is the weak view's padding; in 40 views some strong view is the weak one, unchanged."""
+    data = _dataset(root)
+    unchanged = 0
+    for epoch in range(40):
+        for views in data[Key(epoch, 0, epoch % UNLABELED, 0)][1:]:
+            assert (views.weak[:, views.ignore_mask == 255] == 0).all()
+            unchanged += torch.equal(views.weak, views.strong1) + torch.equal(views.weak, views.strong2)
+    assert 0 < unchanged < 60  # 0.2 * 0.8 * 0.5 of 160 are 13
+
+
+def test_an_image_that_is_its_own_partner_is_decoded_once(root, monkeypatch):
+    opened = []
+    read_image = dataset.semi.read_image
+    monkeypatch.setattr(dataset.semi, "read_image", lambda path: opened.append(path.name) or read_image(path))
+    _dataset(root)[Key(0, 1, 2, 2)]
+    assert opened == ["1.png", f"{LABELED + 2}.png"]
+    opened.clear()
+    _dataset(root)[Key(0, 1, 2, 4)]
+    assert opened == ["1.png", f"{LABELED + 2}.png", f"{LABELED + 4}.png"]
+
+
+def test_other_image_works_with_one_image_per_process(root):
+    sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner="other_image")
+    batches = list(train_loader(_dataset(root), sampler, workers=0, pin_memory=False))
+    assert len(batches) == UNLABELED
+    # A partner's view is drawn for the sample that it is pasted into, from the other image.
+    key = next(iter(sampler))
+    same = _dataset(root)[key._replace(partner=key.unlabeled)]
+    assert _equal(batches[0][1].weak[0], same[1].weak) and not _equal(batches[0][2].weak[0], same[2].weak)
+
+
+def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
+    opened = set()
+    read_label = dataset.semi.read_label
+    monkeypatch.setattr(dataset.semi, "read_label", lambda path: opened.add(path.name) or read_label(path))
+    for partner in ("same_image", "other_image"):
+        sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner=partner)
+        assert len(list(train_loader(_dataset(root), sampler, workers=0, pin_memory=False))) == UNLABELED
+    assert opened == {sample.label for sample in _labeled()}
+
+
+# Batches
+
+
+@pytest.mark.parametrize("strong_views", [1, 2])
+def test_batches_are_bit_identical_whatever_the_number_of_workers(root, strong_views):
+    def batches(workers: int) -> list:
+        sampler = EpochSampler(LABELED, UNLABELED, 2, 0)
+        loader = train_loader(_dataset(root, strong_views), sampler, workers, pin_memory=False)
+        assert len(loader) == UNLABELED // 2
+        seen = []
+        for epoch in range(2):  # workers persist from one epoch to the next
+            loader.sampler.set_epoch(epoch)
+            seen += list(loader)
+        return seen
+
+    expected = batches(0)
+    assert len(expected) == 6 and not _equal(expected[0], expected[3])
+    for workers in (1, 2):
+        assert _equal(batches(workers), expected)
+
+
+def test_collate_stacks_samples_and_leaves_out_the_missing_view(root):
+    for strong_views in (1, 2):
+        samples = [_dataset(root, strong_views)[Key(0, i, i, i)] for i in range(3)]
+        (image, label), views, partner = collate(samples)
+        for i, sample in enumerate(samples):
+            in_batch = [image[i], label[i], *(None if t is None else t[i] for t in (*views, *partner))]
+            assert _equal(in_batch, sample)
+        assert isinstance(views, UnlabeledViews) and (views.strong2 is None) == (strong_views == 1)
+
+
+def test_a_step_gets_normalised_floats_and_int64_labels(root):
+    device = torch.device("cpu")
+    batch = collate([_dataset(root)[Key(0, i, i, i)] for i in range(2)])
+    (image, label), views, partner = to_device(batch, device)
+    assert label.dtype == torch.int64 and torch.equal(label, batch[0][1].long())
+    assert torch.equal(image, normalize(batch[0][0]))
+    for moved, before in ((views, batch[1]), (partner, batch[2])):
+        for name in ("weak", "strong1", "strong2"):
+            assert getattr(moved, name).dtype == torch.float32
+            assert torch.equal(getattr(moved, name), normalize(getattr(before, name)))
+        for name in ("ignore_mask", "box1", "box2"):
+            assert torch.equal(getattr(moved, name), getattr(before, name))
+
+
+def test_supervised_and_single_view_batches_reach_the_device_too(root):
+    device = torch.device("cpu")
+    supervised = TrainDataset(_labeled(), None, root, SIZE, 0)
+    sampler = EpochSampler(LABELED, None, 3, 0)
+    (batch,) = train_loader(supervised, sampler, workers=0, pin_memory=False)
+    image, label = to_device(batch, device)
+    assert image.shape == (3, 3, SIZE, SIZE) and label.shape == (3, SIZE, SIZE) and label.dtype == torch.int64
+    _, views, _ = to_device(collate([_dataset(root, 1)[Key(0, 0, 0, 0)]]), device)
+    assert views.strong2 is None and views.box2 is None and views.strong1.dtype == torch.float32
+
+
+def test_a_batch_goes_to_the_device_without_a_value_being_read_back():
+    def views() -> UnlabeledViews:
+        images = [torch.empty(2, 3, SIZE, SIZE, dtype=torch.uint8) for _ in range(3)]
+        boxes = [torch.empty(2, SIZE, SIZE, dtype=torch.bool) for _ in range(2)]
+        return UnlabeledViews(*images, torch.empty(2, SIZE, SIZE, dtype=torch.uint8), *boxes)
+
+    with FakeTensorMode():
+        labeled = [torch.empty(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.empty(2, SIZE, SIZE, dtype=torch.uint8)]
+        moved = to_device((labeled, views(), views()), torch.device("cuda"))
+    assert {tensor.device.type for tensor in _tensors(moved)} == {"cuda"}
+
+
+# Validation
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_validation_image_goes_to_exactly_one_process(root, processes, workers):
+    shares = [
+        list(val_loader(_labeled(), root, workers, False, rank=rank, processes=processes)) for rank in range(processes)
+    ]
+    assert sum(len(share) for share in shares) == LABELED
+    assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
+    seen = sorted(tuple(image.shape) for share in shares for image, _ in share)
+    assert seen == sorted((1, 3, 20 + 5 * i, 50 - 3 * i) for i in range(LABELED))  # native size
+
+
+def test_more_processes_than_validation_images_leave_some_shares_empty(root):
+    shares = [list(val_loader(_labeled()[:2], root, 0, False, rank=rank, processes=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [1, 1, 0]
+
+
+def test_validation_samples_are_the_files_as_they_are(root):
+    (image, label), *_ = val_loader(_labeled(), root, 0, False)
+    assert torch.equal(image[0], to_tensor(Image.open(root / "0.png")))
+    assert torch.equal(label[0], to_tensor(Image.open(root / "0_label.png")))
+
+
+def test_every_process_gets_at_least_one_worker_and_at_most_eight():
+    assert default_workers(10_000) == 1
+    assert 1 <= default_workers(1) <= 8
