@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from model.backbone import BACKBONES, create_backbone
 from model.semseg.deeplabv3plus import DeepLabV3Plus
-from model.weights import WeightsError, load_checkpoint_state, load_pretrained, read_checkpoint
+from model.weights import (
+    WeightsError,
+    load_checkpoint_state,
+    load_pretrained,
+    read_checkpoint,
+    read_pretrained,
+)
 
-__all__ = ["BACKBONES", "DeepLabV3Plus", "WeightsError", "build_model", "load_checkpoint_state", "read_checkpoint"]
+__all__ = [
+    "BACKBONES",
+    "DeepLabV3Plus",
+    "WeightsError",
+    "build_model",
+    "check_pretrained",
+    "load_checkpoint_state",
+    "read_checkpoint",
+]
 
 
 def build_model(cfg: Any, pretrained: bool = True) -> DeepLabV3Plus:
@@ -25,5 +41,17 @@ def build_model(cfg: Any, pretrained: bool = True) -> DeepLabV3Plus:
         create_backbone(cfg.backbone, cfg.replace_stride_with_dilation), nclass=cfg.nclass, dilations=cfg.dilations
     )
     if pretrained and cfg.pretrained:
-        load_pretrained(model.backbone, cfg.backbone, None if cfg.pretrained is True else cfg.pretrained)
+        load_pretrained(model.backbone, cfg.backbone, _weights_file(cfg))
     return model
+
+
+def check_pretrained(cfg: Any) -> None:
+    """Raise the WeightsError that `build_model(cfg)` would raise, without memory for a model."""
+    if cfg.pretrained:
+        with torch.device("meta"):
+            backbone = create_backbone(cfg.backbone, cfg.replace_stride_with_dilation)
+        read_pretrained(backbone, cfg.backbone, _weights_file(cfg))
+
+
+def _weights_file(cfg: Any) -> str | None:
+    return None if cfg.pretrained is True else cfg.pretrained

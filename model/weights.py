@@ -22,12 +22,17 @@ class WeightsError(ValueError):
 
 
 def load_pretrained(backbone: nn.Module, name: str, path: str | Path | None = None) -> None:
-    """Load ImageNet weights into `backbone`, which is of kind `name`, in place.
+    """Load ImageNet weights into `backbone`, in place; arguments and errors are those of `read_pretrained`."""
+    backbone.load_state_dict(read_pretrained(backbone, name, path), strict=False)  # the reading is stricter
+
+
+def read_pretrained(backbone: nn.Module, name: str, path: str | Path | None = None) -> dict[str, Tensor]:
+    """ImageNet weights that fit `backbone`, which is of kind `name`; nothing is loaded into it.
 
     `path`: a weights file, relative to the current folder or else to the project; None stands for
     `pretrained/NAME.pth` of the project. A state dict is expected, bare or under `state_dict` or `model`. Its
     classifier (`fc.*`) is left out, and for Xception every name with `itr`, `tmp` or `track` in it. Anything else
-    missing or unexpected is a WeightsError, and `backbone` stays as it is.
+    missing or unexpected is a WeightsError.
     """
     path = PROJECT_ROOT / "pretrained" / f"{name}.pth" if path is None else _find(path)
     try:
@@ -48,7 +53,7 @@ def load_pretrained(backbone: nn.Module, name: str, path: str | Path | None = No
         raise WeightsError(
             f"{error}; expected ImageNet weights of {name}{stem}: {where}, or set `pretrained: false`"
         ) from None
-    backbone.load_state_dict(state, strict=False)  # _differences is stricter
+    return state
 
 
 def load_checkpoint_state(model: nn.Module, checkpoint: Any, source: str | Path) -> None:

@@ -1,0 +1,79 @@
+"""FixMatch for segmentation: one strong view learns from the weak view's confident pseudo-labels (arXiv 2001.07685).
+
+    loss = (loss_x + loss_s) / 2
+
+    method=fixmatch sh scripts/train.sh 4        # 4 processes: GPUs where there are any
+    python fixmatch.py --config configs/toy.yaml --labeled-id-path data/toy/labeled.txt --save-path exp/toy-fixmatch
+
+The baseline as the UniMatch paper (section 3.1) has it, with CutMix; the suffixes are those of unimatch.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from dataset.semi import UnlabeledViews
+from util.cli import parse_args, run_main
+from util.distributed import distribute, no_sync
+from util.engine import fit
+from util.losses import build_criterion
+from util.run import open_run
+from util.schedule import build_optimizer
+from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
+
+
+def fixmatch_step(
+    model: nn.Module,
+    batch: tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews],
+    criterion: nn.Module,
+    conf_thresh: float,
+    backward: Callable[[torch.Tensor], None],
+) -> dict[str, torch.Tensor]:
+    """One step's forward and backward passes; the optimiser steps outside.
+
+    `batch` = ((image, label), views, partner's views) as in unimatch.py; only the first strong view and box are used.
+    `backward` gets each part of the loss as soon as it is complete. Returns 0-dim detached metrics.
+    """
+    (image_x, label_x), u, u_mix = batch
+    label_mix, conf_mix = predict_pseudo_label(model, u_mix.weak)
+    image_s = cutmix(u.strong1, u_mix.strong1, u.box1)
+
+    model.train()
+    with no_sync(model):
+        logits_x, logits_w = model(torch.cat([image_x, u.weak])).split([len(image_x), len(u.weak)])
+        label_w, conf_w = pseudo_label(logits_w)
+        loss_x = criterion(logits_x, label_x)
+        backward(loss_x / 2)
+    del logits_x, logits_w
+
+    label = cutmix(label_w, label_mix, u.box1)
+    conf = cutmix(conf_w, conf_mix, u.box1)
+    ignore_mask = cutmix(u.ignore_mask, u_mix.ignore_mask, u.box1)
+    loss_s = consistency_loss(model(image_s), label, conf, ignore_mask, conf_thresh)
+    backward(loss_s / 2)
+
+    metrics = {"loss": (loss_x + loss_s) / 2, "loss_x": loss_x, "loss_s": loss_s}
+    return {name: value.detach() for name, value in metrics.items()} | {
+        "mask_ratio": mask_ratio(conf_w, u.ignore_mask, conf_thresh)
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train FixMatch as the command line says."""
+    with open_run("fixmatch", parse_args("fixmatch", argv)) as run:
+        cfg = run.cfg
+        model = distribute(run.build_model(), run.device)
+        criterion = build_criterion(cfg)
+        optimizer = build_optimizer(model, run.lr, cfg.lr_multi)
+
+        def train_step(batch, backward):
+            return fixmatch_step(model, batch, criterion, cfg.conf_thresh, backward)
+
+        fit(run, model, optimizer, run.train_loader(strong_views=1), run.val_loader(), train_step)
+
+
+if __name__ == "__main__":
+    run_main(main)

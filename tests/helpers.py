@@ -1,0 +1,109 @@
+"""What several tests need: a tiny data set on disk and the real scripts as subprocesses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Paths of a tiny data set: its config, its three lists, and the folder that their lines are relative to."""
+
+    root: Path
+    config: Path
+    labeled: Path
+    unlabeled: Path
+    val: Path
+
+    def settings(self) -> dict[str, Any]:
+        """The keys of the config file."""
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def configure(self, **changes: Any) -> None:
+        """Write the config anew with `changes`; a value of None leaves its key out."""
+        values = {key: value for key, value in {**self.settings(), **changes}.items() if value is not None}
+        self.config.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def arguments(self, save_path: Path | str) -> list[str]:
+        """The arguments of a method script for a run on this data."""
+        return ["--config", str(self.config), "--labeled-id-path", str(self.labeled), "--save-path", str(save_path)]
+
+
+def make_dataset(
+    root: Path,
+    labeled: int = 4,
+    unlabeled: int = 6,
+    val: int = 2,
+    size: tuple[int, int] = (40, 32),
+    nclass: int = 3,
+    seed: int = 0,
+) -> TinyData:
+    """Write `size` (width, height) pictures of coloured stripes, labels, lists and a config of seconds-long training.
+
+    Images are `images/NAME.jpg`, labels `labels/NAME.png` with every class and a row of 255; NAME is `labeled0`,
+    `unlabeled0`, `val0` and so on. Unlabelled images have no label on disk. Lists and config lie in `root`.
+    """
+    rng = np.random.default_rng(seed)
+    root = Path(root)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    width, height = size
+    colours = rng.integers(0, 256, (nclass, 3))
+    for kind, count in (("labeled", labeled), ("unlabeled", unlabeled), ("val", val)):
+        lines = []
+        for index in range(count):
+            name = f"{kind}{index}"
+            stripes = (np.arange(width) * nclass // width + rng.integers(nclass)) % nclass
+            label = np.tile(stripes.astype(np.uint8), (height, 1))
+            image = colours[label] + rng.normal(0, 20, (height, width, 3))
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"images/{name}.jpg", quality=90)
+            if kind == "unlabeled":
+                lines.append(f"images/{name}.jpg")
+                continue
+            label[0] = 255
+            Image.fromarray(label).save(root / f"labels/{name}.png")
+            lines.append(f"images/{name}.jpg labels/{name}.png")
+        (root / f"{kind}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    data = TinyData(root, root / "config.yaml", *(root / f"{kind}.txt" for kind in ("labeled", "unlabeled", "val")))
+    settings = {
+        "dataset": "tiny",
+        "data_root": str(root),
+        "classes": [f"class {i}" for i in range(nclass)],
+        "val_id_path": str(data.val),
+        "unlabeled_id_path": str(data.unlabeled),
+        "crop_size": 32,
+        "epochs": 1,
+        "batch_size": 2,
+        "lr": 0.001,
+        "backbone": "resnet18",
+        "pretrained": False,
+        "device": "cpu",
+        "workers": 0,
+        "log_interval": 1,
+    }
+    data.config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return data
+
+
+def run_script(
+    *args: str | Path, env: Mapping[str, str] | None = None, timeout: float = 300, cwd: Path | str = PROJECT_ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGS...` from the project root, such as `run_script("unimatch.py", "--config", ...)`.
+
+    `env` is added to the environment, in which OpenMP gets one thread. stdout and stderr are captured as text.
+    """
+    command = [sys.executable, *map(str, args)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(command, cwd=cwd, env=variables, timeout=timeout, capture_output=True, text=True, check=False)

@@ -1,0 +1,413 @@
+"""Bad input to the real scripts: exit status 2 and one line on stderr that names what is wrong, before any training."""
+
+import importlib
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import PROJECT_ROOT, make_dataset, run_script
+from util.cli import EXIT_USER_ERROR, parse_args, run_main
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_dataset(tmp_path / "data")
+
+
+# --- the faults: each takes (data, save_path), spoils something, and returns what the message must contain and, where
+# the command line itself is at fault, further arguments
+
+
+def missing_labeled_list(data, save_path):
+    data.labeled.unlink()
+    return [data.labeled, "no such list file"]
+
+
+def missing_unlabeled_list(data, save_path):
+    data.unlabeled.unlink()
+    return [data.unlabeled, "neither a list file nor a folder"]
+
+
+def missing_val_list(data, save_path):
+    data.configure(val_id_path="no/such/val.txt")
+    return ["no/such/val.txt", "no such list file"]
+
+
+def empty_labeled_list(data, save_path):
+    data.labeled.write_text("\n# nothing yet\n", encoding="utf-8")
+    return [data.labeled, "the list is empty"]
+
+
+def empty_unlabeled_list(data, save_path):
+    data.unlabeled.write_text("", encoding="utf-8")
+    return [data.unlabeled, "the list is empty"]
+
+
+def empty_val_list(data, save_path):
+    data.val.write_text("", encoding="utf-8")
+    return [data.val, "the list is empty"]
+
+
+def labeled_list_without_labels(data, save_path):
+    data.labeled.write_text("images/labeled0.jpg\n", encoding="utf-8")
+    return [f"{data.labeled}:1", "images/labeled0.jpg has no label"]
+
+
+def no_unlabeled_source(data, save_path):
+    data.configure(unlabeled_id_path=None)
+    return ["--unlabeled-id-path", "unlabeled_id_path"]
+
+
+def only_labelled_images_as_unlabelled(data, save_path):
+    data.configure(unlabeled_id_path=str(data.labeled))
+    return [data.labeled, "no unlabelled image"]
+
+
+def missing_data_root(data, save_path):
+    data.configure(data_root=str(data.root / "nowhere"))
+    return [data.root / "nowhere", "no such folder", "data_root"]
+
+
+def missing_labeled_image(data, save_path):
+    (data.root / "images/labeled3.jpg").unlink()
+    return [data.root / "images/labeled3.jpg", "no such image"]
+
+
+def missing_unlabeled_image(data, save_path):
+    (data.root / "images/unlabeled5.jpg").unlink()
+    return [data.root / "images/unlabeled5.jpg", "no such image"]
+
+
+def missing_val_image(data, save_path):
+    (data.root / "images/val1.jpg").unlink()
+    return [data.root / "images/val1.jpg", "no such image"]
+
+
+def missing_label(data, save_path):
+    (data.root / "labels/labeled2.png").unlink()
+    return [data.root / "labels/labeled2.png", "no such label"]
+
+
+def missing_val_label(data, save_path):
+    (data.root / "labels/val0.png").unlink()
+    return [data.root / "labels/val0.png", "no such label"]
+
+
+def label_of_another_size(data, save_path):
+    path = data.root / "labels/labeled1.png"
+    Image.open(path).resize((20, 16), Image.Resampling.NEAREST).save(path)
+    return [path, "20 x 16", data.root / "images/labeled1.jpg", "40 x 32"]
+
+
+def label_value_outside_the_classes(data, save_path):
+    path = data.root / "labels/labeled1.png"
+    label = np.array(Image.open(path))
+    label[5, 5] = 7
+    Image.fromarray(label).save(path)
+    return [path, "0, 1, 2, 7, 255", "allowed are 0..2"]
+
+
+def labels_that_are_masks(data, save_path):
+    for path in sorted((data.root / "labels").glob("labeled*.png")):
+        Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    return [data.root / "labels/labeled0.png", "0, 255", "looks like a 0/255 mask"]
+
+
+def label_with_colours(data, save_path):
+    path = data.root / "labels/labeled1.png"
+    Image.open(path).convert("RGB").save(path)
+    return [path, "RGB image", "class indices"]
+
+
+def truncated_labeled_image(data, save_path):
+    return truncate(data.root / "images/labeled0.jpg")
+
+
+def truncated_unlabeled_image(data, save_path):
+    return truncate(data.root / "images/unlabeled4.jpg")
+
+
+def truncated_val_label(data, save_path):
+    return truncate(data.root / "labels/val1.png")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-30])
+    return [path, "truncated"]
+
+
+def missing_config(data, save_path):
+    data.config.unlink()
+    return [data.config, "no such config file"]
+
+
+def unreadable_yaml(data, save_path):
+    data.config.write_text("dataset: tiny\nclasses: [a, b\n", encoding="utf-8")
+    return [data.config, "not valid YAML", "line 3"]
+
+
+def unknown_key(data, save_path):
+    data.configure(conf_tresh=0.9)
+    return [data.config, "unknown key 'conf_tresh'", "did you mean 'conf_thresh'?"]
+
+
+def unknown_key_set(data, save_path):
+    return ["--set epoch=3", "unknown key 'epoch'", "did you mean 'epochs'?"], ["--set", "epoch=3"]
+
+
+def set_without_value(data, save_path):
+    return ["--set epochs", "expected key=value"], ["--set", "epochs"]
+
+
+def unknown_backbone(data, save_path):
+    data.configure(backbone="resnet-51")
+    return [data.config, "unknown backbone 'resnet-51'", "did you mean 'resnet50'?"]
+
+
+def unknown_criterion(data, save_path):
+    data.configure(criterion="OHEMLoss")
+    return [data.config, "unknown criterion 'OHEMLoss'", "CELoss, OHEM"]
+
+
+def crop_size_zero(data, save_path):
+    data.configure(crop_size=0)
+    return [data.config, "crop_size: 0 must be at least"]
+
+
+def crop_size_text(data, save_path):
+    return ["--set crop_size=big", "crop_size: expected a whole number, found 'big'"], ["--set", "crop_size=big"]
+
+
+def too_few_labelled(data, save_path):
+    data.configure(batch_size=5)
+    return ["4 labelled images cannot fill one batch of 5"]
+
+
+def too_few_unlabelled(data, save_path):
+    data.unlabeled.write_text("images/unlabeled0.jpg\n", encoding="utf-8")
+    return ["1 unlabelled image cannot fill one batch of 2"]
+
+
+def save_path_is_a_file(data, save_path):
+    save_path.write_text("in the way", encoding="utf-8")
+    return [f"--save-path {save_path}", "cannot be written to"]
+
+
+def save_path_under_a_file(data, save_path):
+    (data.root / "file").write_text("in the way", encoding="utf-8")
+    # The last of two --save-path counts.
+    return [f"--save-path {data.root}/file/run", "cannot be written to"], ["--save-path", f"{data.root}/file/run"]
+
+
+def missing_weights(data, save_path):
+    data.configure(pretrained="no/such/weights.pth")
+    return ["no/such/weights.pth: no such file", "resnet18", "pretrained: false"]
+
+
+def weights_that_are_none(data, save_path):
+    path = data.root / "weights.pth"
+    path.write_text("<html>not found</html>", encoding="utf-8")
+    data.configure(pretrained=str(path))
+    return [path, "not a PyTorch checkpoint"]
+
+
+def cuda_without_gpu(data, save_path):
+    data.configure(device="cuda")
+    return ["device: cuda", "no GPU", "device=cpu"]
+
+
+def a_checkpoint_that_is_none(data, save_path):
+    save_path.mkdir()
+    (save_path / "latest.pth").write_text("half a file", encoding="utf-8")
+    return [save_path / "latest.pth", "not a PyTorch checkpoint"]
+
+
+# Where a script is named, the fault is also tried on it as a process of its own.
+FAULTS = {
+    missing_labeled_list: "unimatch",
+    missing_unlabeled_list: None,
+    missing_val_list: None,
+    empty_labeled_list: None,
+    empty_unlabeled_list: "fixmatch",
+    empty_val_list: None,
+    labeled_list_without_labels: None,
+    no_unlabeled_source: None,
+    only_labelled_images_as_unlabelled: None,
+    missing_data_root: None,
+    missing_labeled_image: "supervised",
+    missing_unlabeled_image: None,
+    missing_val_image: None,
+    missing_label: "unimatch",
+    missing_val_label: None,
+    label_of_another_size: None,
+    label_value_outside_the_classes: "unimatch",
+    labels_that_are_masks: None,
+    label_with_colours: None,
+    truncated_labeled_image: None,
+    truncated_unlabeled_image: "fixmatch",
+    truncated_val_label: None,
+    missing_config: None,
+    unreadable_yaml: "unimatch",
+    unknown_key: None,
+    unknown_key_set: None,
+    set_without_value: None,
+    unknown_backbone: "fixmatch",
+    unknown_criterion: None,
+    crop_size_zero: None,
+    crop_size_text: "unimatch",
+    too_few_labelled: None,
+    too_few_unlabelled: None,
+    save_path_is_a_file: "unimatch",
+    save_path_under_a_file: None,
+    missing_weights: "unimatch",
+    weights_that_are_none: None,
+    cuda_without_gpu: "unimatch",
+    a_checkpoint_that_is_none: None,
+}
+
+
+def spoil(fault, data, save_path):
+    """Apply a fault: the arguments of a run with it, and what its message must contain."""
+    result = fault(data, save_path)
+    fragments, further = result if isinstance(result, tuple) else (result, [])
+    return [*data.arguments(save_path), *further], list(map(str, fragments))
+
+
+def assert_one_error(stderr, fragments, save_path):
+    """Exactly one line on stderr, an error with all fragments; nothing trained."""
+    assert len(stderr.splitlines()) == 1
+    assert stderr.startswith("error: ") and stderr.endswith("\n")
+    for fragment in fragments:
+        assert fragment in stderr
+    assert "Traceback" not in stderr
+    assert not [path for path in save_path.glob("*.pth") if zipfile.is_zipfile(path)]  # as torch.save writes them
+
+
+def run_in_process(method, arguments):
+    """What `python METHOD.py ARGUMENTS` does, in this process; returns its exit status."""
+    main = importlib.import_module(method).main
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: main(arguments))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_each_fault_is_one_line_and_status_2(data, tmp_path, capsys, monkeypatch, fault):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    arguments, fragments = spoil(fault, data, tmp_path / "run")
+    assert run_in_process("unimatch", arguments) == EXIT_USER_ERROR
+    assert_one_error(capsys.readouterr().err, fragments, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fault", "method"),
+    [pytest.param(fault, method, id=f"{fault.__name__}-{method}") for fault, method in FAULTS.items() if method],
+)
+def test_a_script_ends_with_one_line_and_status_2(data, tmp_path, fault, method):
+    arguments, fragments = spoil(fault, data, tmp_path / "run")
+    ended = run_script(f"{method}.py", *arguments, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert ended.returncode == 2
+    assert_one_error(ended.stderr, fragments, tmp_path / "run")
+    assert "iteration" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({}, "4 labelled images cannot fill one batch of 6 (batch_size 2 x 3 processes)"),
+        ({"batch_size": 1}, None),
+    ],
+)
+def test_a_batch_is_counted_over_all_processes(data, tmp_path, capsys, monkeypatch, changes, fragment):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("util.run.process_group", stop_here)
+    data.configure(**changes)
+    arguments = data.arguments(tmp_path / "run")
+    if fragment is None:
+        with pytest.raises(Reached):
+            importlib.import_module("unimatch").main(arguments)
+        return
+    assert run_in_process("unimatch", arguments) == EXIT_USER_ERROR
+    assert_one_error(capsys.readouterr().err, [fragment], tmp_path / "run")
+
+
+class Reached(Exception):
+    """The run came as far as to start."""
+
+
+def stop_here(*_):
+    raise Reached
+
+
+@pytest.mark.parametrize(("method", "fits"), [("unimatch", True), ("fixmatch", False), ("supervised", False)])
+def test_a_single_image_is_a_batch_for_unimatch_only(data, tmp_path, capsys, monkeypatch, method, fits):
+    monkeypatch.setattr("util.run.process_group", stop_here)
+    arguments = [*data.arguments(tmp_path / "run"), "--set", "batch_size=1"]
+    if fits:
+        with pytest.raises(Reached):
+            importlib.import_module(method).main(arguments)
+        return
+    assert run_in_process(method, arguments) == EXIT_USER_ERROR
+    assert_one_error(capsys.readouterr().err, ["BatchNorm group of 1 image", method], tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_found_only_while_training_is_one_line_too(data, tmp_path, capsys, workers):
+    path = data.root / "images/unlabeled3.jpg"
+    path.write_bytes(path.read_bytes()[:-30])
+    arguments = [*data.arguments(tmp_path / "run"), "--set", "check_data=false", f"workers={workers}"]
+    assert run_in_process("unimatch", arguments) == EXIT_USER_ERROR
+    stderr = capsys.readouterr().err
+    assert_one_error(stderr, ["unreadable image, truncated or damaged"], tmp_path / "run")
+    assert stderr.startswith(f"error: {path}: ")
+
+
+def test_a_line_break_in_a_name_does_not_break_the_message(data, capsys, tmp_path):
+    arguments = [*data.arguments(tmp_path / "run"), "--set", "backbone=first\nsecond"]
+    assert run_in_process("unimatch", arguments) == EXIT_USER_ERROR
+    assert_one_error(capsys.readouterr().err, ["--set backbone=first", "unknown backbone"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("labels_listed", [False, True])
+def test_labels_of_unlabelled_images_are_never_opened(data, tmp_path, labels_listed):
+    if labels_listed:
+        lines = data.unlabeled.read_text(encoding="utf-8").splitlines()
+        lines = [f"{image} labels/no-such-{index}.png" for index, image in enumerate(lines)]
+        data.unlabeled.write_text("\n".join(lines), encoding="utf-8")
+    assert not list((data.root / "labels").glob("unlabeled*"))
+    importlib.import_module("unimatch").main(data.arguments(tmp_path / "run"))
+    assert (tmp_path / "run/latest.pth").is_file()
+
+
+def test_lists_and_config_are_found_in_the_project_from_any_folder(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = "splits/pascal/train.txt"
+    assert (PROJECT_ROOT / train).is_file()
+    arguments = ["--config", "configs/pascal.yaml", "--labeled-id-path", "splits/pascal/92/labeled.txt"]
+    arguments += ["--save-path", "run", "--set", f"data_root={data.root}", "device=cpu", "pretrained=false"]
+    assert run_in_process("unimatch", arguments) == EXIT_USER_ERROR
+    # All lists were found: what is missing is the first labelled image.
+    assert_one_error(capsys.readouterr().err, [f"{data.root}/JPEGImages/", "no such image"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["unimatch", "fixmatch", "supervised"])
+@pytest.mark.parametrize("argument", [["--local-rank", "1"], ["--local_rank=1"]])
+def test_the_rank_that_old_launchers_pass_is_accepted(method, argument):
+    required = ["--config", "c.yaml", "--labeled-id-path", "l.txt", "--save-path", "run"]
+    assert parse_args(method, required + argument).config == "c.yaml"
+
+
+def test_weights_of_another_stem_are_refused_before_earlier_results_are_moved(data, tmp_path, capsys):
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "tv.pth")
+    data.configure(backbone="resnet50", pretrained=str(tmp_path / "tv.pth"))
+    save_path = tmp_path / "run"
+    save_path.mkdir()
+    (save_path / "latest.pth").write_bytes(b"precious")
+    assert run_in_process("unimatch", [*data.arguments(save_path), "--resume", "never"]) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "tv.pth" in error and "7x7" in error and len(error.splitlines()) == 1
+    assert (save_path / "latest.pth").read_bytes() == b"precious"

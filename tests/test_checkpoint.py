@@ -1,0 +1,186 @@
+"""Checkpoints are whole at every moment, whatever interrupts their writing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import PROJECT_ROOT, run_script
+from util import checkpoint
+from util.checkpoint import CheckpointError, copy_checkpoint, save_checkpoint, set_aside
+
+
+def _state(value: float, numel: int = 10) -> dict[str, object]:
+    return {"model": {"weight": torch.full((numel,), value)}, "epoch": 1}
+
+
+def _value(path: Path) -> float:
+    return float(torch.load(path, weights_only=True)["model"]["weight"][0])
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_a_plain_dict_and_replaces_the_one_before(tmp_path):
+    path = tmp_path / "latest.pth"
+    save_checkpoint(_state(1), path)
+    save_checkpoint(_state(2), path)
+    state = torch.load(path, weights_only=True)
+    assert type(state) is dict and state["epoch"] == 1 and _value(path) == 2
+    assert _names(tmp_path) == ["latest.pth"]
+
+
+def test_during_writing_the_old_checkpoint_is_in_place(tmp_path, monkeypatch):
+    path = tmp_path / "latest.pth"
+    save_checkpoint(_state(1), path)
+    seen = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def watch(*args, name=name, original=original):
+            seen.append((name, _value(path)))
+            return original(*args)
+
+        monkeypatch.setattr(os, name, watch)
+    save_checkpoint(_state(2), path)
+    # The content reaches the disk before the name does, and the name (the folder) last.
+    assert seen == [("fsync", 1), ("replace", 1), ("fsync", 2)]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (RuntimeError("unexpected pos 64 vs 0"), "unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_failure_in_the_middle_of_writing_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch, error, reason):
+    path = tmp_path / "latest.pth"
+    save_checkpoint(_state(1), path)
+
+    def fail(state, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(_state(2), path)
+    assert str(caught.value) == f"{path}: cannot be written ({reason}); earlier ones are intact"
+    assert _names(tmp_path) == ["latest.pth"] and _value(path) == 1
+
+
+def test_an_interruption_leaves_no_temporary_file(tmp_path, monkeypatch):
+    path = tmp_path / "latest.pth"
+    save_checkpoint(_state(1), path)
+
+    def interrupt(state, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(_state(2), path)
+    assert _names(tmp_path) == ["latest.pth"] and _value(path) == 1
+
+
+def test_what_a_killed_run_left_behind_does_not_matter(tmp_path):
+    path = tmp_path / "latest.pth"
+    for name in ("latest.pth.tmp", "best.pth.tmp"):
+        (tmp_path / name).write_bytes(b"half of a longer file" * 10_000)
+    save_checkpoint(_state(1), path)
+    copy_checkpoint(path, tmp_path / "best.pth")
+    assert _names(tmp_path) == ["best.pth", "latest.pth"]
+    assert _value(path) == _value(tmp_path / "best.pth") == 1
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from util.checkpoint import CheckpointError, save_checkpoint
+
+path = Path(sys.argv[1])
+save_checkpoint({"model": {"weight": torch.ones(10)}}, path)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    save_checkpoint({"model": {f"weight{i}": torch.zeros(10_000) for i in range(20)}}, path)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_file_system_that_takes_no_more_leaves_the_old_checkpoint_alone(tmp_path):
+    """A limit on the size of files stands in for a full disk: the real writer of torch fails in its middle."""
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    result = run_script(tmp_path / "full.py", folder / "latest.pth", env={"PYTHONPATH": str(PROJECT_ROOT)})
+    assert result.returncode == 0, result.stderr
+    reason = os.strerror(errno.EFBIG)
+    assert result.stdout == f"{folder / 'latest.pth'}: cannot be written ({reason}); earlier ones are intact\n"
+    assert _names(folder) == ["latest.pth"] and _value(folder / "latest.pth") == 1
+
+
+def test_a_copy_shares_the_disk_space_and_stays_when_the_original_moves_on(tmp_path):
+    latest, best = tmp_path / "latest.pth", tmp_path / "best.pth"
+    save_checkpoint(_state(1), latest)
+    copy_checkpoint(latest, best)
+    assert best.samefile(latest)
+    copy_checkpoint(latest, best)  # the same again
+    assert _names(tmp_path) == ["best.pth", "latest.pth"]
+    save_checkpoint(_state(2), latest)
+    assert (_value(best), _value(latest)) == (1, 2)
+    copy_checkpoint(latest, best)
+    assert _value(best) == 2 and _names(tmp_path) == ["best.pth", "latest.pth"]
+
+
+def test_without_hard_links_the_copy_is_a_file_of_its_own(tmp_path, monkeypatch):
+    latest, best = tmp_path / "latest.pth", tmp_path / "best.pth"
+    save_checkpoint(_state(1), latest)
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    copy_checkpoint(latest, best)
+    assert not best.samefile(latest) and best.read_bytes() == latest.read_bytes()
+
+    def fail(source, target):
+        Path(target).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_checkpoint(_state(2), latest)
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(CheckpointError, match=r"best\.pth: cannot be written \(.*No space left"):
+        copy_checkpoint(latest, best)
+    assert _value(best) == 1 and _names(tmp_path) == ["best.pth", "latest.pth"]
+
+
+def test_a_file_system_that_became_read_only_gives_the_same_error(tmp_path, monkeypatch):
+    """Even removing the temporary file fails there."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint.os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        save_checkpoint(_state(1), tmp_path / "latest.pth")
+
+
+def test_earlier_results_are_set_aside_under_the_next_free_number(tmp_path):
+    assert set_aside(tmp_path) is None
+    names = ["best.pth", "latest.pth", "train.log", "config.yaml", "events.out.tfevents.1.host.2.0"]
+    for number in (1, 2):
+        for name in [*names, "notes.txt"]:
+            (tmp_path / name).write_text(f"{name} {number}")
+        assert set_aside(tmp_path) == tmp_path / f"previous-{number}"
+        assert _names(tmp_path / f"previous-{number}") == sorted(names)
+        assert (tmp_path / f"previous-{number}" / "best.pth").read_text() == f"best.pth {number}"
+    assert _names(tmp_path) == ["notes.txt", "previous-1", "previous-2"]

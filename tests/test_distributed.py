@@ -1,0 +1,477 @@
+"""Several processes: how they are found, and that N of them compute what one does.
+
+Processes are forked from a server that has torch imported already, meet over gloo, and use one thread each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from dataset.files import read_list
+from dataset.semi import UnlabeledViews, val_loader
+from fixmatch import fixmatch_step
+from model.backbone.resnet import BasicBlock, ResNet
+from model.semseg.deeplabv3plus import DeepLabV3Plus
+from supervised import supervised_step
+from tests.helpers import make_dataset, run_script
+from tests.reference import formulas
+from unimatch import unimatch_step
+from util.cli import TrainingStopped
+from util.config import ConfigError
+from util.distributed import (
+    Processes,
+    SyncBatchNormCPU,
+    all_reduce_sum,
+    choose_device,
+    distribute,
+    find_processes,
+    port_is_free,
+    process_count,
+    process_group,
+    unwrap,
+)
+from util.engine import StepMetrics
+from util.evaluate import evaluate
+from util.losses import CrossEntropy
+from util.schedule import build_optimizer
+
+CPU = torch.device("cpu")
+NCLASS, SIZE, IMAGES = 5, 33, 4
+STEPS = {"unimatch": 2, "fixmatch": 1, "supervised": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _run(job: Callable[..., Any], count: int, folder: Path, *args: Any) -> list[Any]:
+    """`job(rank, count, *args)` on `count` processes of a group: what each returns (tensors, numbers, texts)."""
+    if count == 1:
+        return [job(0, 1, *args)]
+    multiprocessing.set_forkserver_preload(["tests.test_distributed", "torch.multiprocessing.spawn"])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _process, (job, count, port, folder, args), nprocs=count, start_method="forkserver"
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def _process(rank: int, job: Callable[..., Any], count: int, port: int, folder: Path, args: tuple[Any, ...]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    with process_group(Processes(rank, count, rank), CPU):
+        torch.save(job(rank, count, *args), folder / f"{rank}.pt")
+
+
+def _model(nclass: int = NCLASS) -> DeepLabV3Plus:
+    """The smallest ResNet that has everything: strides, a dilated stage, shortcuts with and without a convolution."""
+    torch.manual_seed(0)
+    backbone = ResNet(BasicBlock, (2, 1, 1, 1), (False, False, True), stem=(8, 8, 16))
+    return DeepLabV3Plus(backbone, nclass, dilations=(1, 2, 3))
+
+
+def _digest(model: nn.Module) -> str:
+    """A fingerprint of every bit of the parameters and buffers."""
+    content = hashlib.sha256()
+    for name, tensor in unwrap(model).state_dict().items():
+        content.update(name.encode() + tensor.numpy().tobytes())
+    return content.hexdigest()
+
+
+# --- training steps
+
+
+def _share(step: int, rank: int, count: int) -> tuple[Any, UnlabeledViews, UnlabeledViews]:
+    """A process's images of one step: every `count`-th of four. Each image has as many valid pixels as another."""
+
+    def views(seed: int) -> UnlabeledViews:
+        *images, _, box1, box2 = (torch.from_numpy(part) for part in formulas.unlabeled(seed, IMAGES, SIZE))
+        ignore_mask = torch.zeros(IMAGES, SIZE, SIZE, dtype=torch.uint8)
+        ignore_mask[::2, -5:] = 255
+        ignore_mask[1::2, :, -5:] = 255
+        parts = (*(image.double() for image in images), ignore_mask, box1, box2)
+        return UnlabeledViews(*(part[rank::count] for part in parts))
+
+    image, label = (torch.from_numpy(part) for part in formulas.labeled(10 + step, IMAGES, SIZE, NCLASS))
+    return (image[rank::count].double(), label[rank::count]), views(100 + step), views(200 + step)
+
+
+def _step(method: str, model: nn.Module, batch: tuple[Any, UnlabeledViews, UnlabeledViews]) -> dict[str, torch.Tensor]:
+    if method == "supervised":
+        return supervised_step(model, batch[0], CrossEntropy(), torch.Tensor.backward)
+    step = unimatch_step if method == "unimatch" else fixmatch_step
+    return step(model, batch, CrossEntropy(), 0.3, torch.Tensor.backward)
+
+
+def _train(rank: int, count: int) -> dict[str, Any]:
+    """Steps of each method in float64: metrics over all processes, gradients, and the weights after each step."""
+    results = {}
+    for method, steps in STEPS.items():
+        model = _model().double()
+        model.fp_dropout = 0.0  # drawn per process, so not comparable
+        model = distribute(model, CPU)
+        optimizer = build_optimizer(model, lr=0.01, lr_multi=2)
+        results[method] = []
+        for step in range(steps):
+            batch = _share(step, rank, count)
+            optimizer.zero_grad()
+            metrics = _step(method, model, batch)
+            means = all_reduce_sum(torch.stack(list(metrics.values()))) / process_count()
+            gradients = {name: p.grad.clone() for name, p in unwrap(model).named_parameters()} if rank == 0 else {}
+            optimizer.step()
+            results[method].append(
+                {
+                    "metrics": dict(zip(metrics, means.tolist(), strict=True)),
+                    "gradients": gradients,
+                    "weights": _digest(model),
+                }
+            )
+    return results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """For 1, 2 and 4 processes, what each process found in training."""
+    return {count: _run(_train, count, tmp_path_factory.mktemp(f"train{count}")) for count in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_losses_of_one(trained, method, count):
+    for one, several in zip(trained[1][0][method], trained[count][0][method], strict=True):
+        expected, found = dict(one["metrics"]), dict(several["metrics"])
+        if method != "supervised":
+            ratio = expected.pop("mask_ratio")
+            assert 0.1 < ratio < 0.9  # some pixels count, some do not
+            assert found.pop("mask_ratio") == pytest.approx(ratio, rel=1e-6)  # a ratio of counts, in float32
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_gradients_of_one(trained, method, count):
+    for one, several in zip(trained[1][0][method], trained[count][0][method], strict=True):
+        assert list(several["gradients"]) == list(one["gradients"])
+        for name, expected in one["gradients"].items():
+            assert expected.abs().max() > 0, name
+            difference = (several["gradients"][name] - expected).abs().max()
+            assert difference <= 1e-9 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_after_a_step_every_process_has_the_same_weights_to_the_bit(trained, method, count):
+    start = _digest(_model().double())
+    for step in range(STEPS[method]):
+        (digest,) = {result[method][step]["weights"] for result in trained[count]}
+        assert digest != start
+
+
+def _reductions(rank: int, count: int) -> dict[str, int]:
+    """How many buckets of gradients each method's step sends."""
+    sent = dict.fromkeys(STEPS, 0)
+    for method in STEPS:
+        model = distribute(_model().double(), CPU)
+
+        def hook(state, bucket, method=method):
+            sent[method] += 1
+            return allreduce_hook(None, bucket)
+
+        model.register_comm_hook(None, hook)
+        _step(method, model, _share(0, rank, count))
+    return sent
+
+
+def test_gradients_are_sent_once_a_step(tmp_path):
+    """Not with the first of the two backward passes of UniMatch and FixMatch."""
+    for sent in _run(_reductions, 2, tmp_path):
+        assert sent["unimatch"] == sent["fixmatch"] == sent["supervised"] > 0
+
+
+# --- synchronised BatchNorm
+
+
+def _images() -> torch.Tensor:
+    return torch.from_numpy(formulas.image(1, 5, 6, 7, 4)).double() * 3 + 1
+
+
+def _outer_gradient() -> torch.Tensor:
+    return torch.from_numpy(formulas.image(2, 5, 6, 7, 4)).double()
+
+
+def _batch_norm(kind: type[nn.BatchNorm2d], part: slice) -> dict[str, torch.Tensor]:
+    """Two training passes over the images in `part` and one in eval mode."""
+    torch.manual_seed(0)
+    norm = kind(4).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = _images()[part].requires_grad_()
+    norm(2 * x.detach())
+    out = norm(x)
+    (out * _outer_gradient()[part]).sum().backward()
+    evaluated = norm.eval()(x)
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        "weight": norm.weight.grad,
+        "bias": norm.bias.grad,
+        "evaluated": evaluated.detach(),
+        **norm.state_dict(prefix="state."),
+    }
+
+
+def _unequal_shares(rank: int, count: int) -> dict[str, torch.Tensor]:
+    return _batch_norm(SyncBatchNormCPU, slice(0, 3) if rank == 0 else slice(3, 5))
+
+
+def test_synchronised_batch_norm_equals_batch_norm_of_the_joined_batch(tmp_path):
+    """The shares differ: three images on one process, two on the other."""
+    expected = _batch_norm(nn.BatchNorm2d, slice(None))
+    first, second = _run(_unequal_shares, 2, tmp_path)
+    for name in ("out", "x", "evaluated"):
+        torch.testing.assert_close(torch.cat([first[name], second[name]]), expected[name], rtol=1e-10, atol=1e-12)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(first[name] + second[name], expected[name], rtol=1e-10, atol=1e-12)
+    for name in ("state.running_mean", "state.running_var", "state.num_batches_tracked"):
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-12, atol=0)
+        assert torch.equal(first[name], second[name])
+
+
+def test_alone_the_synchronised_batch_norm_is_batch_norm():
+    expected, alone = _batch_norm(nn.BatchNorm2d, slice(None)), _batch_norm(SyncBatchNormCPU, slice(None))
+    assert all(torch.equal(alone[name], value) for name, value in expected.items())
+
+
+def _converted(rank: int, count: int) -> dict[str, Any]:
+    model = distribute(_model(), CPU)
+    norms = [type(module).__name__ for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return {"names": list(unwrap(model).state_dict()), "norms": sorted(set(norms)), "processes": process_count()}
+
+
+def test_distributing_a_model_synchronises_every_batch_norm_and_keeps_the_names(tmp_path):
+    for result in _run(_converted, 2, tmp_path):
+        assert result == {"names": list(_model().state_dict()), "norms": ["SyncBatchNormCPU"], "processes": 2}
+
+
+def test_a_model_on_one_process_is_not_wrapped():
+    model = _model()
+    assert distribute(model, CPU) is model
+    assert unwrap(model) is model
+
+
+# --- evaluation
+
+
+def _evaluate(rank: int, count: int, list_path: Path) -> dict[str, Any]:
+    model = _model(nclass=3)
+    nn.init.normal_(model.classifier.weight)  # spreads the predictions over the classes
+    loader = val_loader(read_list(list_path), list_path.parent, 0, False, rank, count)
+    result = evaluate(model.eval(), loader, "original", 32, 3, CPU)
+    return {"miou": result.miou, "iou": result.iou, "confusion": result.confusion, "images": len(loader)}
+
+
+@pytest.mark.parametrize("images", [5, 2])
+def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path, images):
+    """Each image counts once, also where shares are unequal or one is empty."""
+    val = make_dataset(tmp_path, labeled=1, unlabeled=1, val=images, size=(40, 32)).val
+    (expected,) = _run(_evaluate, 1, tmp_path, val)
+    assert int(expected["confusion"].sum()) == images * 40 * 31  # a row of each label is ignored
+    assert int((expected["confusion"].sum(0) > 0).sum()) > 1
+    for count in (2, 3):
+        results = _run(_evaluate, count, tmp_path, val)
+        assert sum(result["images"] for result in results) == images
+        for result in results:
+            assert torch.equal(result["confusion"], expected["confusion"])
+            assert torch.equal(result["iou"], expected["iou"]) and result["miou"] == expected["miou"]
+
+
+# --- a fault on one process
+
+
+def _nan_on_the_last(rank: int, count: int) -> str:
+    metrics = StepMetrics()
+    metrics.append(7, {"loss": torch.tensor(1.0), "loss_x": torch.tensor(2.0)})
+    metrics.append(8, {"loss": torch.tensor(1.0), "loss_x": torch.tensor(float("nan") if rank else 2.0)})
+    try:
+        metrics.read()
+    except TrainingStopped as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_nan_on_one_process_stops_all_with_the_same_line(tmp_path):
+    first, second = _run(_nan_on_the_last, 2, tmp_path)
+    assert first == second
+    assert "not finite at iteration 9: loss_x nan" in first and "\n" not in first
+
+
+def _metric_means(rank: int, count: int) -> dict[str, float]:
+    metrics = StepMetrics()
+    metrics.append(0, {"loss": torch.tensor(1.0 + rank)})
+    metrics.append(1, {"loss": torch.tensor(4.0 + rank)})
+    return metrics.read()
+
+
+def test_metrics_are_means_over_all_processes(tmp_path):
+    assert _run(_metric_means, 2, tmp_path) == [{"loss": 3.0}] * 2
+
+
+FAULT_ON_THE_SECOND = """
+import torch
+from dataset import DataError
+from util.cli import run_main
+from util.distributed import all_reduce_sum, find_processes, process_group
+
+def main():
+    processes = find_processes()
+    with process_group(processes, torch.device("cpu")):
+        all_reduce_sum(torch.ones(1))
+        if processes.rank == 1:
+            raise DataError("images/7.jpg: truncated")
+        all_reduce_sum(torch.ones(1))
+
+run_main(main)
+"""
+
+
+def test_a_fault_of_one_process_is_told_while_the_others_wait_for_it(tmp_path):
+    (tmp_path / "fault.py").write_text(FAULT_ON_THE_SECOND)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
+    project = str(Path(__file__).resolve().parents[1])
+    result = run_script(*launcher, tmp_path / "fault.py", env={"PYTHONPATH": project})
+    assert result.returncode != 0
+    assert "error: process 1: images/7.jpg: truncated" in result.stderr.splitlines()
+
+
+# --- how processes are found
+
+
+@pytest.fixture
+def environment() -> Iterator[Any]:
+    """The environment without a launcher's variables; restored afterwards."""
+    saved = dict(os.environ)
+    for name in saved:
+        if name.startswith(("SLURM_", "MASTER_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[name]
+    yield os.environ
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_a_plain_start_is_one_process(environment):
+    assert find_processes() == Processes(0, 1, 0)
+    assert find_processes().is_main
+
+
+def test_torchrun_tells_the_processes(environment):
+    environment.update(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+    assert find_processes() == Processes(5, 8, 1)
+    assert not find_processes().is_main
+
+
+def test_torchrun_inside_a_slurm_step_counts(environment):
+    environment.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="3")
+    assert find_processes() == Processes(1, 2, 1)
+
+
+def test_srun_tells_the_processes_and_its_first_node_is_the_address(environment, tmp_path):
+    _fake_scontrol(tmp_path, environment, 'echo "$*" > "$0.called"; printf "node03\\nnode04\\n"')
+    environment.update(SLURM_PROCID="3", SLURM_STEP_NUM_TASKS="4", SLURM_LOCALID="1", SLURM_STEP_NODELIST="node[03-04]")
+    assert find_processes(port=23456) == Processes(3, 4, 1)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("node03", "23456")
+    assert (tmp_path / "scontrol.called").read_text() == "show hostnames node[03-04]\n"
+
+
+def test_an_address_that_is_set_is_kept(environment):
+    environment.update(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="0", MASTER_ADDR="a", MASTER_PORT="7")
+    assert find_processes(port=23456) == Processes(0, 2, 0)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("a", "7")
+
+
+def test_python_inside_a_batch_script_is_alone(environment):
+    """`sbatch --ntasks 4` sets SLURM_NTASKS and SLURM_PROCID for the script itself, which runs once."""
+    environment.update(SLURM_NTASKS="4", SLURM_NPROCS="4", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_JOB_ID="1")
+    assert find_processes() == Processes()
+    assert "MASTER_ADDR" not in environment
+
+
+def test_srun_without_a_port_is_refused(environment, tmp_path):
+    _fake_scontrol(tmp_path, environment, "echo node03")
+    environment.update(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="0", SLURM_STEP_NODELIST="node03")
+    with pytest.raises(ConfigError, match="--port is needed"):
+        find_processes()
+
+
+def test_a_single_node_needs_no_scontrol(environment, tmp_path):
+    environment.update(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="0", SLURM_STEP_NODELIST="node03")
+    environment["PATH"] = str(tmp_path)
+    find_processes(port=23456)
+    assert environment["MASTER_ADDR"] == "node03"
+
+
+def test_a_node_list_that_cannot_be_expanded_is_refused(environment, tmp_path):
+    environment.update(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="0", SLURM_STEP_NODELIST="node[3-4]")
+    _fake_scontrol(tmp_path, environment, "exit 1")
+    with pytest.raises(ConfigError, match=r"cannot expand the node list 'node\[3-4\]'"):
+        find_processes(port=23456)
+    environment["PATH"] = ""
+    with pytest.raises(ConfigError, match="export the first node's name as MASTER_ADDR"):
+        find_processes(port=23456)
+
+
+def _fake_scontrol(folder: Path, environment: Any, body: str) -> None:
+    path = folder / "scontrol"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
+
+
+def test_a_port_is_free_unless_something_listens_there():
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert not port_is_free(port)
+    assert port_is_free(port)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "local_rank", "expected"),
+    [
+        (0, "auto", 3, "cpu"),
+        (0, "cpu", 0, "cpu"),
+        (2, "cpu", 1, "cpu"),
+        (2, "auto", 1, "cuda:1"),
+        (2, "cuda", 0, "cuda:0"),
+    ],
+)
+def test_each_process_has_a_device_of_its_own(monkeypatch, gpus, wanted, local_rank, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert choose_device(wanted, Processes(local_rank, 4, local_rank)) == torch.device(expected)
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="device: cuda was asked for, but torch finds no GPU"):
+        choose_device("cuda", Processes())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match="process 3 on this machine has no GPU: there are 2"):
+            choose_device(wanted, Processes(6, 8, 2))

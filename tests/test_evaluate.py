@@ -1,0 +1,248 @@
+"""util/evaluate.py: the reference figures, windows against an obvious version, and what evaluation leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dataset.transform import normalize
+from model import build_model
+from tests.reference import formulas
+from tests.reference.weights import reference_state
+from util.evaluate import center_crop, evaluate, predict, sliding_window
+
+FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
+SEED = FIGURES["seed"]
+MODES = ["original", "sliding_window", "center_crop"]
+
+
+class _WindowModel(nn.Module):
+    """Logits that depend on the whole input, so that overlapping windows disagree; keeps the sizes that it saw."""
+
+    def __init__(self, nclass: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(nclass, 3, generator=torch.manual_seed(0), dtype=torch.float64))
+        self.norm = nn.BatchNorm2d(nclass).double()
+        self.sizes = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(tuple(x.shape[2:]))
+        logits = torch.einsum("kc,bchw->bkhw", self.weight, x.double())
+        return self.norm(3 * logits - logits.amax(dim=(2, 3), keepdim=True))
+
+
+def _model(backbone: str, nclass: int) -> nn.Module:
+    return build_model(
+        SimpleNamespace(
+            backbone=backbone,
+            nclass=nclass,
+            dilations=(6, 12, 18),
+            replace_stride_with_dilation=(False, False, True),
+            pretrained=False,
+        )
+    )
+
+
+def _samples(nclass: int, sizes, count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` batches of an 8-bit image (1, 3, H, W) and its label (1, H, W)."""
+    rng = np.random.default_rng(0)
+    return [
+        (
+            torch.from_numpy(rng.integers(0, 256, (1, 3, *sizes[i % len(sizes)]), dtype=np.uint8)),
+            torch.from_numpy(formulas.mask(i, 1, *sizes[i % len(sizes)], nclass).astype(np.uint8)),
+        )
+        for i in range(count)
+    ]
+
+
+# The reference figures
+
+
+@pytest.fixture(scope="module")
+def reference_samples():
+    sizes = ((60, 90), (75, 50), (81, 81), (33, 64))
+    return [
+        (
+            torch.from_numpy(formulas.image(SEED + 50 + i, 1, h, w)).double(),
+            torch.from_numpy(formulas.mask(SEED + 60 + i, 1, h, w, 19)),
+        )
+        for i, (h, w) in enumerate(sizes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference_model(reference_samples):
+    """ResNet-50 in float64, its classifier stretched and centred so that predictions spread over the classes."""
+    model = _model("resnet50", 19)
+    model.load_state_dict(reference_state(model))
+    model.double().eval()
+    with torch.no_grad():
+        model.classifier.weight *= 30
+        model.classifier.bias.zero_()
+        model.classifier.bias -= model(reference_samples[0][0]).mean(dim=(0, 2, 3))
+    return model
+
+
+@pytest.mark.parametrize("name", FIGURES["evaluate"])
+def test_evaluation_gives_the_reference_figures(name, reference_model, reference_samples):
+    mode, crop_size = name.split("/")
+    result = evaluate(reference_model, reference_samples, mode, int(crop_size), 19, "cpu")
+    assert result.iou.tolist() == pytest.approx(FIGURES["evaluate"][name]["iou"], rel=1e-4, abs=1e-9)
+    assert result.miou == pytest.approx(FIGURES["evaluate"][name]["mIoU"], rel=1e-5)
+
+
+# Windows and crops
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(20, 31, 12), (12, 12, 12), (5, 9, 12), (13, 4, 12), (1, 1, 3), (17, 17, 16), (8, 9, 2)]
+)
+def test_sliding_windows_equal_an_obvious_loop(height, width, size):
+    model = _WindowModel().eval()
+    image = torch.randn(2, 3, height, width, generator=torch.manual_seed(1), dtype=torch.float64)
+    stride = int(size * 2 / 3)
+    expected, windows = torch.zeros(2, 4, height, width, dtype=torch.float64), []
+    with torch.no_grad():
+        top = 0
+        while top < height:
+            left = 0
+            while left < width:
+                bottom, right = min(top + size, height), min(left + size, width)
+                windows.append((bottom - top, right - left))
+                prob = torch.softmax(model(image[:, :, top:bottom, left:right]), dim=1)
+                expected[:, :, top:bottom, left:right] += prob
+                left += stride
+            top += stride
+        model.sizes.clear()
+        scores = sliding_window(model, image, size)
+        assert model.sizes == windows
+        torch.testing.assert_close(scores, expected, rtol=1e-12, atol=0)
+        assert torch.equal(predict(model, image, "sliding_window", size), expected.argmax(dim=1))
+    assert (scores.sum(dim=1) > 1 - 1e-12).all()  # every pixel was in some window
+
+
+def test_cityscapes_windows_are_those_of_the_release():
+    """1024 x 2048 in windows of 801 at stride 534: two rows, four columns, cut off at the border."""
+    sizes = []
+
+    def model(window: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(window.shape[2:]))
+        return window
+
+    with torch.device("meta"):
+        scores = sliding_window(model, torch.empty(1, 3, 1024, 2048), 801)
+    assert sizes == [(h, w) for h in (801, 490) for w in (801, 801, 801, 446)]
+    assert scores.shape == (1, 3, 1024, 2048)
+
+
+@pytest.mark.parametrize(
+    "height, width, size, top, left",
+    [(10, 14, 6, 2, 4), (9, 11, 6, 1, 2), (6, 6, 6, 0, 0), (4, 11, 6, 0, 2), (11, 4, 6, 2, 0), (3, 2, 6, 0, 0)],
+)
+def test_the_centre_crop_keeps_short_sides_whole(height, width, size, top, left):
+    label = torch.arange(height * width).view(1, height, width)
+    image = torch.stack([label, -label, 2 * label], dim=1)
+    expected = label[:, top : min(top + size, height), left : min(left + size, width)]
+    assert torch.equal(center_crop(label, size), expected)
+    assert torch.equal(center_crop(image, size)[:, 0], expected)
+
+
+def test_outside_the_centre_crop_nothing_counts():
+    sizes = ((20, 30), (30, 10))
+    samples = _samples(4, sizes)
+    result = evaluate(_WindowModel(), samples, "center_crop", 12, 4, "cpu")
+    valid = sum(int((center_crop(label, 12) != 255).sum()) for _, label in samples)
+    assert int(result.confusion.sum()) == valid
+    assert int(evaluate(_WindowModel(), samples, "original", 12, 4, "cpu").confusion.sum()) > valid
+
+
+def test_original_sees_each_image_whole_and_once():
+    model = _WindowModel()
+    samples = _samples(4, ((20, 30), (7, 9)))
+    evaluate(model, samples, "original", 12, 4, "cpu")
+    assert model.sizes == [tuple(label.shape[1:]) for _, label in samples]
+
+
+# The loop
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eight_bit_images_and_normalised_floats_give_the_same_result(mode):
+    samples = _samples(4, ((20, 30), (17, 9)))
+    model = _WindowModel()
+    eight_bit = evaluate(model, samples, mode, 12, 4, "cpu")
+    floats = evaluate(model, [(normalize(image), label.long()) for image, label in samples], mode, 12, 4, "cpu")
+    assert torch.equal(eight_bit.confusion, floats.confusion)
+    assert eight_bit.confusion.count_nonzero() > 4  # predictions spread, so that a difference would show
+
+
+def test_iou_and_miou_follow_from_the_counts_over_the_whole_set():
+    samples = _samples(4, ((20, 30), (17, 9)))
+    model = _WindowModel()
+    result = evaluate(model, samples, "original", 12, 4, "cpu")
+    each = [evaluate(model, [sample], "original", 12, 4, "cpu") for sample in samples]
+    assert torch.equal(result.confusion, sum(part.confusion for part in each))
+    counts = result.confusion.tolist()
+    iou = [
+        100 * counts[c][c] / (sum(counts[c]) + sum(row[c] for row in counts) - counts[c][c]) for c in range(len(counts))
+    ]
+    assert result.iou.tolist() == pytest.approx(iou) and result.miou == pytest.approx(sum(iou) / 4)
+    assert isinstance(result.miou, float)
+
+
+@pytest.fixture(scope="module")
+def small_model() -> nn.Module:
+    return _model("resnet18", 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_mode_weights_and_statistics_as_they_were(small_model, mode, training):
+    model = small_model.train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    result = evaluate(model, _samples(4, ((20, 30),), count=1), mode, 16, 4, "cpu")
+    assert {module.training for module in model.modules()} == {training}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert int(result.confusion.sum()) > 0
+
+
+def test_the_model_is_in_eval_mode_without_gradients_while_it_is_evaluated():
+    seen = []
+
+    class Watched(_WindowModel):
+        def forward(self, x):
+            logits = super().forward(x)
+            seen.append((self.training, self.norm.training, logits.requires_grad))
+            return logits
+
+    evaluate(Watched().train(), _samples(4, ((9, 9),)), "original", 12, 4, "cpu")
+    assert seen == [(False, False, False)] * 3
+
+
+def test_a_model_that_has_been_evaluated_can_be_trained_on():
+    model = _WindowModel().train()
+    evaluate(model, _samples(4, ((9, 9),)), "original", 12, 4, "cpu")
+    (model(torch.randn(2, 3, 5, 5)) ** 2).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("mode", MODES)
+def test_predicting_reads_no_value_back_from_the_device(mode, device):
+    with FakeTensorMode(), torch.device(device), torch.no_grad():
+        model = _model("resnet18", 4).eval()
+        image = normalize(torch.empty(1, 3, 40, 61, dtype=torch.uint8))
+        if mode == "center_crop":
+            image = center_crop(image, 33)
+        classes = predict(model, image, mode, 33)
+    assert classes.device.type == device and classes.dtype == torch.int64
+    assert classes.shape == (1, *image.shape[2:])

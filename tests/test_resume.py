@@ -1,0 +1,295 @@
+"""A run that was interrupted and started again ends as if nothing had happened; what cannot be continued is said."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fixmatch
+import supervised
+import unimatch
+from tests.helpers import PROJECT_ROOT, TinyData, make_dataset, run_script
+from util import engine
+from util.cli import EXIT_USER_ERROR, run_main
+from util.schedule import poly_lr
+
+# Two epochs of three iterations.
+KILLED_IN_THE_SECOND_EPOCH = """
+import os, signal
+import unimatch
+from util import engine
+from util.cli import run_main
+
+set_poly_lr = engine.set_poly_lr
+
+def killed_at_iteration_4(optimizer, iteration, total):
+    if iteration == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    set_poly_lr(optimizer, iteration, total)
+
+engine.set_poly_lr = killed_at_iteration_4
+run_main(unimatch.main)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the scripts have under run_script: the number of threads shapes the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyData]:
+    root = tmp_path_factory.mktemp("resume")
+    data = make_dataset(root / "data")
+    data.configure(epochs=2, conf_thresh=0.4, scale_lr=True, reference_batch=2)
+    yield data
+    shutil.rmtree(root)  # checkpoints are large
+
+
+@pytest.fixture(scope="module")
+def whole(data: TinyData) -> Path:
+    """A run that nothing interrupts."""
+    path = data.root.parent / "whole"
+    unimatch.main(data.arguments(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def killed(data: TinyData) -> Path:
+    """The same run as another process, killed in its second epoch."""
+    path, script = data.root.parent / "killed", data.root / "killed.py"
+    script.write_text(KILLED_IN_THE_SECOND_EPOCH)
+    result = run_script(script, *data.arguments(path), env={"PYTHONPATH": str(PROJECT_ROOT)})
+    assert result.returncode == -signal.SIGKILL
+    assert _load(path)["epoch"] == 1
+    return path
+
+
+@pytest.fixture
+def interrupted(killed: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the killed run, to continue."""
+    path = tmp_path / "run"
+    shutil.copytree(killed, path)
+    yield path
+    shutil.rmtree(path)
+
+
+def _load(path: Path, name: str = "latest.pth") -> dict[str, Any]:
+    return torch.load(path / name, weights_only=True)
+
+
+def _assert_same(first: Any, second: Any, where: str = "checkpoint") -> None:
+    """Nested containers are equal, tensors bit for bit."""
+    if isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            _assert_same(first[key], second[key], f"{where}[{key!r}]")
+    elif isinstance(first, list):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            _assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(path)).Reload()
+    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    del curves["eval/memory_gb"]
+    return curves
+
+
+def _content(path: Path) -> dict[str, tuple[int, int]]:
+    """Names, times of writing and sizes of a run's files."""
+    return {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in path.iterdir()}
+
+
+def _refused(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a script that refuses to start."""
+    with pytest.raises(SystemExit) as exited:
+        run_main(lambda: main(argv))
+    assert exited.value.code == EXIT_USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- continuing
+
+
+def test_an_interrupted_run_continues_to_the_same_end_to_the_bit(data, whole, interrupted):
+    """Also with other workers and another place of the data, which do not shape training."""
+    (interrupted.parent / "moved").symlink_to(data.root)
+    unimatch.main([*data.arguments(interrupted), "--set", "workers=1", f"data_root={interrupted.parent / 'moved'}"])
+    for name in ("latest.pth", "best.pth"):
+        expected, state = _load(whole, name), _load(interrupted, name)
+        del expected["config"], state["config"]
+        _assert_same(expected, state)
+    assert _load(interrupted)["config"]["workers"] == 1
+    assert not list(interrupted.glob("*.tmp"))
+
+
+def test_the_curves_of_a_continued_run_are_those_of_one_that_was_not_interrupted(data, whole, interrupted):
+    unimatch.main(data.arguments(interrupted))
+    assert len(list(interrupted.glob("events.out.tfevents.*"))) == 2
+    assert _curves(interrupted) == _curves(whole)
+
+
+def test_a_continued_run_says_where_it_stands_and_keeps_the_log(data, interrupted):
+    before = (interrupted / "train.log").read_text()
+    unimatch.main(data.arguments(interrupted))
+    log = (interrupted / "train.log").read_text()
+    assert log.startswith(before)
+    assert re.search(
+        rf"continuing from {interrupted}/latest.pth: 1 of 2 epochs are done, best mIoU \d+\.\d\d\n",
+        log.removeprefix(before),
+    )
+    assert "epoch 1/2" not in log.removeprefix(before)
+
+
+def test_a_run_killed_between_writing_its_two_checkpoints_ends_the_same(data, tmp_path, monkeypatch):
+    """The best one is written first; the epoch is repeated."""
+    supervised.main(data.arguments(tmp_path / "whole"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "copy_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        supervised.main(data.arguments(tmp_path / "run"))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["best.pth"]
+    supervised.main(data.arguments(tmp_path / "run"))
+    for name in ("latest.pth", "best.pth"):
+        _assert_same(_load(tmp_path / "whole", name), _load(tmp_path / "run", name))
+    assert _curves(tmp_path / "run") == _curves(tmp_path / "whole")
+    for name in ("run", "whole"):
+        shutil.rmtree(tmp_path / name)
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(data, whole, capsys):
+    before = {name: _content(whole)[name] for name in ("latest.pth", "best.pth")}
+    state, curves = _load(whole), _curves(whole)
+    capsys.readouterr()
+    unimatch.main(data.arguments(whole))
+    assert re.search(r"2 of 2 epochs are done.*\n.*finished: mIoU ", capsys.readouterr().out)
+    assert {name: _content(whole)[name] for name in before} == before
+    _assert_same(_load(whole), state)
+    assert _curves(whole) == curves
+
+
+def test_a_run_may_continue_on_another_number_of_processes(data, interrupted):
+    """The schedule goes on from the same epoch, and the linear rule follows the new batch."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
+    result = run_script(*launcher, "unimatch.py", *data.arguments(interrupted))
+    assert result.returncode == 0, result.stderr
+    assert "an epoch had 3 iterations and has 1 now, since the number of processes changed" in result.stdout
+    assert "lr 0.002 (scaled by the linear rule from 0.001)" in result.stdout
+    # The second epoch's only iteration is number 1 of 2.
+    assert _curves(interrupted)["train/lr"][-1][1] == pytest.approx(poly_lr(0.002, 1, 2))
+    state = _load(interrupted)
+    assert (state["epoch"], state["iteration"]) == (2, 2)
+    assert not any(name.startswith("module.") for name in state["model"])
+
+
+# --- what cannot be continued
+
+
+def test_settings_that_shape_training_may_not_change(data, interrupted, capsys):
+    before = _content(interrupted)
+    changes = ["lr=0.002", "crop_size=48", "criterion=OHEM", "workers=3", "log_interval=7"]
+    line = _refused(unimatch.main, [*data.arguments(interrupted), "--set", *changes], capsys)
+    ohem = "{'name': 'OHEM', 'thresh': 0.7, 'min_kept': 200000}"
+    assert line.startswith(
+        f"error: {interrupted}/latest.pth: was trained with other settings "
+        f"(criterion: CELoss -> {ohem}; crop_size: 32 -> 48; lr: 0.001 -> 0.002) "
+    )
+    for choice in ("set them back", "another --save-path", "--resume never"):
+        assert choice in line
+    assert _content(interrupted) == before
+
+
+@pytest.mark.parametrize("changed", ["labelled", "unlabelled"])
+def test_lists_with_other_content_are_refused_whatever_their_name(data, interrupted, changed, capsys, tmp_path):
+    original = data.labeled if changed == "labelled" else data.unlabeled
+    shorter = tmp_path / original.name
+    shorter.write_text("\n".join(original.read_text().splitlines()[:-1]))
+    option = "--labeled-id-path" if changed == "labelled" else "--unlabeled-id-path"
+    line = _refused(unimatch.main, [*data.arguments(interrupted), option, str(shorter)], capsys)
+    count = {"labelled": 4, "unlabelled": 6}[changed]
+    assert re.search(rf"\({changed} list: {count} images, \w+ -> {count - 1} images, \w+\) - set them back", line)
+
+
+def test_another_method_is_refused(data, interrupted, capsys):
+    line = _refused(fixmatch.main, data.arguments(interrupted), capsys)
+    assert "(method: unimatch -> fixmatch)" in line
+
+
+def test_a_damaged_checkpoint_is_refused(data, interrupted, capsys):
+    latest = interrupted / "latest.pth"
+    content = latest.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a checkpoint", b"\x80\x02."):
+        latest.write_bytes(damaged)
+        line = _refused(unimatch.main, data.arguments(interrupted), capsys)
+        assert str(latest) in line and "not a PyTorch checkpoint of tensors, or an incomplete one" in line
+        assert latest.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    ("state", "missing"),
+    [
+        ({"model": {"weight": torch.ones(1)}, "optimizer": {}, "epoch": 3, "previous_best": 70.0}, "iteration, config"),
+        ({"module.weight": torch.ones(1)}, "model, optimizer, epoch, iteration, previous_best, config"),
+        ([1, 2], "model, optimizer, epoch, iteration, previous_best, config"),
+    ],
+    ids=["of the release", "a bare state dict", "a list"],
+)
+def test_a_checkpoint_of_another_format_is_refused(data, tmp_path, state, missing, capsys):
+    torch.save(state, tmp_path / "latest.pth")
+    line = _refused(unimatch.main, data.arguments(tmp_path), capsys)
+    assert line.startswith(f"error: {tmp_path}/latest.pth: cannot be resumed: it has no {missing}")
+    assert "--resume never" in line
+
+
+# --- starting anew
+
+
+def test_resume_never_starts_anew_and_keeps_what_was_there(data, tmp_path, capsys):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "latest.pth").write_bytes(b"damaged")
+    arguments = [*data.arguments(path), "--resume", "never", "--set", "epochs=1"]
+    supervised.main(arguments)
+    assert f"earlier results were moved to {path}/previous-1" in capsys.readouterr().out
+    assert [file.name for file in (path / "previous-1").iterdir()] == ["latest.pth"]
+    assert (path / "previous-1" / "latest.pth").read_bytes() == b"damaged"
+    first = _load(path)
+    supervised.main([*arguments, "seed=1"])
+    assert f"earlier results were moved to {path}/previous-2" in capsys.readouterr().out
+    _assert_same(_load(path / "previous-2"), first)
+    moved = {"best.pth", "latest.pth", "train.log", "config.yaml"}
+    names = {file.name for file in (path / "previous-2").iterdir()}
+    assert moved < names and sum(name.startswith("events.out.tfevents.") for name in names - moved) == 1
+    assert _load(path)["config"]["seed"] == 1
+    shutil.rmtree(path)
+
+
+def test_resume_never_on_a_new_path_just_starts(data, tmp_path):
+    supervised.main([*data.arguments(tmp_path / "run"), "--resume", "never", "--set", "epochs=1"])
+    assert not list((tmp_path / "run").glob("previous-*"))
+    assert _load(tmp_path / "run")["epoch"] == 1
+    shutil.rmtree(tmp_path / "run")

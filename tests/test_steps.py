@@ -1,0 +1,185 @@
+"""Eight steps of each method against the reference figures, and what else a step promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dataset.semi import UnlabeledViews
+from fixmatch import fixmatch_step
+from model import build_model
+from supervised import supervised_step
+from tests.reference import formulas
+from tests.reference.weights import check_summary, reference_state
+from unimatch import unimatch_step
+from util.config import Criterion
+from util.losses import build_criterion
+from util.schedule import build_optimizer, set_poly_lr
+
+FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
+SEED = FIGURES["seed"]
+STEPS = 8
+CURVES = {"loss": "loss_all", "loss_fp": "loss_w_fp"}
+
+
+def _model(backbone: str = "resnet50", nclass: int = 5) -> torch.nn.Module:
+    cfg = SimpleNamespace(
+        backbone=backbone,
+        nclass=nclass,
+        dilations=(6, 12, 18),
+        replace_stride_with_dilation=(False, False, True),
+        pretrained=False,
+    )
+    return build_model(cfg)
+
+
+def _labeled(seed: int, batch: int, size: int, nclass: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    image, label = formulas.labeled(seed, batch, size, nclass)
+    return torch.from_numpy(image).to(dtype), torch.from_numpy(label)
+
+
+def _unlabeled(seed: int, batch: int, size: int, dtype: torch.dtype) -> UnlabeledViews:
+    views = [torch.from_numpy(part) for part in formulas.unlabeled(seed, batch, size)]
+    return UnlabeledViews(*(part.to(dtype) if part.ndim == 4 else part for part in views))
+
+
+def _batch(i: int, batch: int = 4, size: int = 49, dtype: torch.dtype = torch.float64):
+    return (
+        _labeled(SEED + 10 + i, batch, size, 5, dtype),
+        _unlabeled(SEED + 100 + i, batch, size, dtype),
+        _unlabeled(SEED + 200 + i, batch, size, dtype),
+    )
+
+
+def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torch.Tensor.backward):
+    if method == "supervised":
+        return supervised_step(model, batch[0], criterion, backward)
+    step = unimatch_step if method == "unimatch" else fixmatch_step
+    return step(model, batch, criterion, conf_thresh, backward)
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES["steps"]))
+def test_eight_steps_equal_the_reference_figures(name):
+    method, criterion_name = name.split("/")
+    expected = FIGURES["steps"][name]
+    model = _model()
+    start = reference_state(model)
+    model.load_state_dict(start)
+    model.double()
+    criterion = build_criterion(SimpleNamespace(criterion=Criterion(criterion_name, thresh=0.3, min_kept=1500)))
+    optimizer = build_optimizer(model, lr=1e-4, lr_multi=5)
+    assert [len(group["params"]) for group in optimizer.param_groups] == expected["groups"]
+    torch.manual_seed(SEED)
+    seen = {curve: [] for curve in expected["scalars"]}
+    for i in range(STEPS):
+        set_poly_lr(optimizer, i, STEPS)
+        optimizer.zero_grad()
+        metrics = _run(method, model, _batch(i), criterion, 0.35)
+        optimizer.step()
+        for key, value in metrics.items():
+            assert value.ndim == 0 and not value.requires_grad
+            seen[f"train/{CURVES.get(key, key)}"].append(float(value))
+    for curve, values in expected["scalars"].items():
+        assert seen[curve] == pytest.approx(values, rel=1e-5), curve
+    set_poly_lr(optimizer, STEPS, STEPS)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected["lr_groups_after"], rel=1e-12)
+    state = model.state_dict()
+    for tensor_name, summary in expected["final"].items():
+        check_summary(state[tensor_name], summary, rtol=1e-5)
+        change = (state[tensor_name].double() - start[tensor_name].double()).norm()
+        assert float(change) == pytest.approx(summary["update_l2"], rel=1e-5), tensor_name
+
+
+@pytest.mark.parametrize("method", ["unimatch", "fixmatch"])
+def test_gradients_of_the_parts_equal_those_of_the_whole_loss(method):
+    def gradients(whole: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = _model("resnet18").double()
+        parts = []
+        torch.manual_seed(1)
+        _run(
+            method,
+            model,
+            _batch(0, batch=2, size=33),
+            build_criterion(SimpleNamespace(criterion=Criterion())),
+            0.3,
+            backward=parts.append if whole else torch.Tensor.backward,
+        )
+        if whole:
+            sum(parts).backward()
+        return [p.grad for p in model.parameters()]
+
+    for in_parts, in_one in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(in_parts, in_one, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["unimatch", "fixmatch"])
+def test_the_first_part_is_back_propagated_before_the_strong_forward(method):
+    model = _model("resnet18")
+    events = []
+    model.register_forward_pre_hook(lambda module, args: events.append("train" if module.training else "eval"))
+
+    def backward(part):
+        events.append("backward")
+        part.backward()
+
+    batch = _batch(0, batch=2, size=33, dtype=torch.float32)
+    _run(method, model, batch, build_criterion(SimpleNamespace(criterion=Criterion())), 0.3, backward)
+    assert events == ["eval", "train", "backward", "train", "backward"]
+
+
+@pytest.mark.parametrize("method", ["unimatch", "fixmatch", "supervised"])
+@pytest.mark.parametrize("criterion_name", ["CELoss", "OHEM"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_step_mixes_no_devices_and_reads_no_value_back(method, criterion_name, device):
+    # Fake tensors raise on operations between devices and on reading a value, which on a GPU waits for it.
+    # Autograd cannot run on fake CUDA tensors where there is no GPU: there the backward passes are the fake CPU's.
+    parts = []
+
+    def backward(part: torch.Tensor) -> None:
+        assert part.ndim == 0 and part.device.type == device
+        parts.append(part)
+        if device == "cpu" or torch.cuda.is_available():
+            part.backward()
+
+    with FakeTensorMode(), torch.device(device):
+        model = _model("resnet18")
+        criterion = build_criterion(SimpleNamespace(criterion=Criterion(criterion_name, min_kept=1500)))
+        optimizer = build_optimizer(model, lr=1e-3, lr_multi=1)
+        metrics = _run(method, model, _fake_batch(), criterion, 0.95, backward)
+        optimizer.step()
+    assert len(parts) == (1 if method == "supervised" else 2)
+    assert {value.device.type for value in metrics.values()} == {device}
+    if device == "cpu":
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def _fake_batch(batch: int = 2, size: int = 49):
+    def views() -> UnlabeledViews:
+        images = [torch.empty(batch, 3, size, size) for _ in range(3)]
+        mask = torch.empty(batch, size, size, dtype=torch.uint8)
+        boxes = [torch.empty(batch, size, size, dtype=torch.bool) for _ in range(2)]
+        return UnlabeledViews(*images, mask, *boxes)
+
+    image = torch.empty(batch, 3, size, size)
+    label = torch.empty(batch, size, size, dtype=torch.int64)
+    return (image, label), views(), views()
+
+
+def test_a_batch_without_a_valid_pixel_gives_zero_losses_and_finite_gradients():
+    model = _model("resnet18")
+    (image, label), u, u_mix = _batch(0, batch=2, size=33, dtype=torch.float32)
+    all_ignored = torch.full_like(u.ignore_mask, 255)
+    batch = (
+        (image, torch.full_like(label, 255)),
+        u._replace(ignore_mask=all_ignored),
+        u_mix._replace(ignore_mask=all_ignored),
+    )
+    metrics = _run("unimatch", model, batch, build_criterion(SimpleNamespace(criterion=Criterion())), 0.0)
+    assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(metrics, 0.0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,1 @@
+"""What the methods share: configuration, processes, training engine, losses, evaluation, checkpoints, logs."""

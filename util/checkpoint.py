@@ -1,0 +1,123 @@
+"""Checkpoints: written whole or not at all, read without running code, compared with the config that continues them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import read_checkpoint
+from util.config import Config, differing_keys
+
+LATEST, BEST = "latest.pth", "best.pth"
+# What a run writes into its save path; `--resume never` moves these aside.
+RESULTS = (LATEST, BEST, "train.log", "config.yaml", "events.out.tfevents.*")
+NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
+CHOICES = (
+    "- set them back, choose another --save-path, or start anew with --resume never (it keeps earlier results aside)"
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, written or continued; the message is one line for the user."""
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write `state` under a temporary name, flush it to the disk, then rename: `path` is whole at every moment."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({_reason(error)}); earlier ones are intact") from None
+    finally:
+        _remove(temporary)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Make `target` the same checkpoint as `source`: a hard link where the file system has them, else a copy."""
+    temporary = target.with_name(target.name + ".tmp")
+    _remove(temporary)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({_reason(error)}); earlier checkpoints are intact"
+        ) from None
+    finally:
+        _remove(temporary)  # also where both names were one file already: renaming then does nothing
+
+
+def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str]) -> dict[str, Any] | None:
+    """The `latest.pth` to continue from, or None for a fresh run.
+
+    `run` says what shapes training besides the config: method and lists. Raises CheckpointError where any differs.
+    """
+    path = save_path / LATEST
+    if not path.exists():
+        return None
+    state = read_checkpoint(path)
+    missing = [key for key in NEEDED if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: cannot be resumed: it has no {', '.join(missing)} {CHOICES}")
+    saved = state["run"]
+    differing = [f"{key}: {saved.get(key)} -> {value}" for key, value in run.items() if saved.get(key) != value]
+    differing += differing_keys(state["config"], cfg)
+    if differing:
+        raise CheckpointError(f"{path}: was trained with other settings ({'; '.join(differing)}) {CHOICES}")
+    return state
+
+
+def set_aside(save_path: Path) -> Path | None:
+    """Move earlier results into a new folder `previous-N` beside them; None where there are none."""
+    results = [path for pattern in RESULTS for path in save_path.glob(pattern)]
+    if not results:
+        return None
+    number = 1
+    while (target := save_path / f"previous-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in results:
+        path.rename(target / path.name)
+    return target
+
+
+def _reason(error: Exception) -> str:
+    """What the disk said: torch hides a full one behind an error of its own."""
+    hidden = not isinstance(error, OSError) and isinstance(error.__context__, OSError)
+    cause = error.__context__ if hidden else error
+    return getattr(cause, "strerror", None) or str(cause)
+
+
+def _remove(path: Path) -> None:
+    """Remove a temporary file if it is there; on a file system that became read-only it stays."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; not every file system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

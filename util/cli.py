@@ -1,0 +1,109 @@
+"""The command line that the three methods share, and how an entry script ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dataset import DataError
+from model import WeightsError
+from util.checkpoint import CheckpointError
+from util.config import ConfigError
+
+EXIT_USER_ERROR = 2  # something to correct: the line on stderr says what
+EXIT_STOPPED = 3  # training stopped itself, for instance at a loss that is not finite
+
+USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError)
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message is one line for the user."""
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every entry script that reads a config."""
+    parser.add_argument("--config", required=True, metavar="F", help="recipe, such as configs/pascal.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys of the config",
+    )
+
+
+def parse_args(method: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of a method script (`unimatch`, `fixmatch` or `supervised`)."""
+    about = f"Train {method} on one process, or under torchrun or srun on several."
+    parser = argparse.ArgumentParser(prog=f"{method}.py", description=about)
+    add_common_arguments(parser)
+    parser.add_argument("--labeled-id-path", required=True, metavar="F", help="list of labelled images")
+    parser.add_argument(
+        "--unlabeled-id-path",
+        metavar="F",
+        help="list of unlabelled images, or a folder of images "
+        "under data_root; labelled images are left out (default: the config's unlabeled_id_path)",
+    )
+    parser.add_argument("--save-path", required=True, metavar="D", help="folder for checkpoints, log and curves")
+    parser.add_argument("--port", type=int, help="rendezvous port under srun; torchrun brings its own")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: continue from latest.pth in the save path; never: start anew, earlier results are "
+        "moved to a folder previous-N",
+    )
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # old torch launchers pass it
+    if method == "supervised":
+        parser.add_argument(
+            "--double-batch",
+            action="store_true",
+            help="double batch_size, as the published baseline "
+            "does (it sees 16 labelled images a step); ignored where --set batch_size is given",
+        )
+    return parser.parse_args(argv)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry script's main; an error that the user can mend becomes one line and exit status 2 or 3."""
+    try:
+        main()
+        return
+    except USER_ERRORS as error:
+        message, status = _last_line(error), EXIT_USER_ERROR
+    except TrainingStopped as error:
+        message, status = str(error), EXIT_STOPPED
+    except torch.OutOfMemoryError as error:
+        hint = "lower batch_size or crop_size, or use more processes"
+        message, status = f"out of GPU memory: {hint} ({str(error).splitlines()[0]})", EXIT_STOPPED
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    if rank > 0:
+        if status == 130:  # every process gets the signal; one says so
+            os._exit(status)
+        # Most errors occur on every process alike, and the launcher ends all when the first has ended. So rank 0 speaks
+        # at once, and another only if it is still there a little later: then the fault is its own.
+        time.sleep(5)
+        message = f"process {rank}: {message}"
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # Not sys.exit: other processes may be gone, and waiting for them at the interpreter's end could take forever.
+    os._exit(status) if torch.distributed.is_initialized() else sys.exit(status)
+
+
+def _last_line(error: Exception) -> str:
+    """The message itself: an error out of a loading process comes wrapped in that process's traceback."""
+    lines = str(error).strip().splitlines()
+    # Elsewhere a line break can only come out of a name or value in the message.
+    line = lines[-1] if "Original Traceback" in str(error) else " ".join(lines)
+    for kind in USER_ERRORS:
+        line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+    return line

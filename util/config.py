@@ -1,0 +1,418 @@
+"""Configuration: one frozen dataclass and, in this file, every rule of its validation.
+
+A YAML file is a recipe; `--set key=value` changes a key of it. What is wrong is said in one line that names the file
+(or the `--set`), the key, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dataset.catalog import CATALOG, voc_palette
+from model import BACKBONES
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+CRITERIA = ("CELoss", "OHEM")
+EVAL_MODES = ("original", "sliding_window", "center_crop")
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or on the command line; the message is one line for the user."""
+
+
+def _key(
+    doc: str,
+    default: Any = MISSING,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A field with its documentation and, for numbers, its range; without a default the key is required."""
+    return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above, "maximum": maximum})
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The supervised loss: `CELoss`, or `OHEM` with its two numbers (see util.losses)."""
+
+    name: str = "CELoss"
+    thresh: float = 0.7
+    min_kept: int = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run depends on besides its lists and its save path. Fields are the keys of the YAML files."""
+
+    # data
+    dataset: str = _key("name of the data set; pascal, cityscapes and coco bring their classes, palette and eval_mode")
+    data_root: str = _key("folder that the paths in the list files are relative to")
+    val_id_path: str = _key("list of the validation images and labels")
+    crop_size: int = _key(
+        "side of the square training crop, and of the sliding evaluation window, in pixels", minimum=16, maximum=8192
+    )
+    classes: tuple[str, ...] | None = _key("class names; label value i is the i-th name", None)
+    nclass: int | None = _key(
+        "number of classes; implied by the data set or by `classes`", None, minimum=2, maximum=255
+    )
+    palette: tuple[tuple[int, int, int], ...] | None = _key("one [red, green, blue] per class, 0 to 255", None)
+    unlabeled_id_path: str | None = _key(
+        "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it", None
+    )
+    eval_mode: Literal["original", "sliding_window", "center_crop"] = _key("how a validation image is seen", "original")
+    cutmix_partner: Literal["same_image", "other_image"] = _key(
+        "what CutMix pastes: another view of the same image (as published) or of another image", "same_image"
+    )
+    # training
+    epochs: int = _key("passes over the unlabelled images (supervised: over the labelled)", minimum=1)
+    batch_size: int = _key("labelled images per process, and as many unlabelled ones", minimum=1)
+    lr: float = _key("learning rate of the backbone", above=0)
+    lr_multi: float = _key("the other parameters learn at lr * lr_multi", 1.0, above=0)
+    reference_batch: int = _key("labelled images per step, over all processes, that lr is meant for", 8, minimum=1)
+    scale_lr: bool = _key("scale lr by (labelled images per step) / reference_batch", False)
+    criterion: Criterion = _key("CELoss, or {name: OHEM, thresh: 0.7, min_kept: 200000}", Criterion())
+    conf_thresh: float = _key("confidence from which a pseudo-label counts", 0.95, minimum=0, maximum=1)
+    seed: int = _key(
+        "seeds every draw: weights, order, geometry, colour, CutMix, dropout", 0, minimum=0, maximum=2**32 - 1
+    )
+    # model
+    backbone: str = _key(f"one of {', '.join(BACKBONES)}")
+    pretrained: bool | str = _key(
+        "true: pretrained/BACKBONE.pth; false: from scratch; or the path of a weights file", True
+    )
+    replace_stride_with_dilation: tuple[bool, bool, bool] = _key(
+        "for the last three stages; [false, false, true] is output stride 16, [false, true, true] is 8",
+        (False, False, True),
+    )
+    dilations: tuple[int, int, int] = _key("of the three atrous ASPP branches", (6, 12, 18), minimum=1)
+    # running
+    device: Literal["auto", "cpu", "cuda"] = _key("auto: GPUs where there are any", "auto")
+    workers: int | None = _key(
+        "loading processes per training process; default: a share of the cores, 8 at most", None, minimum=0, maximum=256
+    )
+    check_data: bool = _key("check images and labels before training starts", True)
+    log_interval: int = _key("iterations between two lines of the log", 50, minimum=1)
+    eval_interval: int = _key("epochs between two evaluations, each of which saves a checkpoint", 1, minimum=1)
+
+    def __post_init__(self) -> None:
+        """Fill in what the data set implies, so that `nclass`, `classes` and `palette` are always there."""
+        known = CATALOG.get(self.dataset)
+        classes = self.classes
+        if classes is None and known is not None:
+            classes = known.classes
+        if classes is None and self.nclass is not None:
+            classes = tuple(f"class {i}" for i in range(self.nclass))
+        if classes is None:
+            near = _suggest(self.dataset, CATALOG)
+            raise ConfigError(
+                f"dataset {_shown(self.dataset)} is none of {', '.join(CATALOG)}{near}: list its `classes`"
+            )
+        palette = self.palette
+        if palette is None:
+            count = min(len(classes), 256)  # too many classes are refused later, with the key's name
+            palette = known.palette if known and len(known.palette) == count else voc_palette(count)
+        for name, value in (("classes", classes), ("palette", palette), ("nclass", self.nclass or len(classes))):
+            object.__setattr__(self, name, value)
+
+
+# Keys that change where or how fast a run computes, not what: a run may resume with others.
+NOT_SHAPING = ("data_root", "classes", "palette", "device", "workers", "check_data", "log_interval", "eval_interval")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a YAML recipe, apply `overrides` (strings `key=value`, or a mapping) and validate.
+
+    Raises ConfigError, whose one line names the file or override, the key and the way out.
+    """
+    resolved = resolve_path(path)
+    values = _read_yaml(resolved, str(path))
+    where = dict.fromkeys(values, str(path))
+    for key, value, source in _parse_overrides(overrides):
+        _assign(values, key, value, source)
+        where[key.split(".")[0]] = source
+    known = {f.name: f for f in fields(Config)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where[key]}: unknown key {_shown(str(key))}{_suggest(key, known)}")
+    for key, spec in known.items():
+        if key not in values and spec.default is MISSING:
+            raise ConfigError(f"{path}: key '{key}' is missing ({spec.metadata['doc']})")
+    hints = typing.get_type_hints(Config)
+    converted = {}
+    for key, value in values.items():
+        try:
+            converted[key] = _convert(value, hints[key], known[key].metadata)
+        except ConfigError as error:
+            raise ConfigError(f"{where[key]}: {key}: {error}") from None
+    if "eval_mode" not in converted and converted["dataset"] in CATALOG:
+        converted["eval_mode"] = CATALOG[converted["dataset"]].eval_mode
+    try:
+        cfg = Config(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    _check_rules(cfg, converted, lambda key: where.get(key, str(path)))
+    return cfg
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """The config as plain lists, numbers and strings; `load_config` of its YAML gives the same config again."""
+    plain = {key: value for key, value in asdict(cfg).items() if value is not None}
+    if cfg.criterion.name != "OHEM":
+        plain["criterion"] = cfg.criterion.name
+    return _plain(plain)
+
+
+def differing_keys(saved: Mapping[str, Any], cfg: Config) -> list[str]:
+    """`key: saved value -> value now` for each key that shapes training and differs from a checkpoint's config."""
+    now = to_dict(cfg)
+    keys = [key for key in sorted({*saved, *now}) if key not in NOT_SHAPING and saved.get(key) != now.get(key)]
+    return [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def resolve_path(path: str | Path) -> Path:
+    """A relative path is meant from the current folder or, where nothing is there, from the project's root."""
+    path = Path(os.path.expanduser(path))
+    # os.path.exists, unlike Path.exists, is False for an impossible name; reading it then says what is wrong with it.
+    return path if os.path.exists(path) or not os.path.exists(PROJECT_ROOT / path) else PROJECT_ROOT / path
+
+
+def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabeled: int | None) -> None:
+    """Refuse a batch that the data or BatchNorm cannot give. `unlabeled` is None for the supervised baseline."""
+    per_step = cfg.batch_size * processes
+    for kind, count in (("labelled", labeled), ("unlabelled", unlabeled)):
+        if count is not None and count < per_step:
+            raise ConfigError(
+                f"{count} {kind} image{'s' * (count != 1)} cannot fill one batch of {per_step} "
+                f"(batch_size {cfg.batch_size} x {processes} processes): lower batch_size or use fewer processes"
+            )
+    # The smallest BatchNorm group is that of one training forward: [x; w] and [s1; s2] have two images per sample,
+    # FixMatch's [s] and the supervised [x] have one.
+    group = per_step * (2 if method == "unimatch" else 1)
+    if group < 2:
+        raise ConfigError(
+            f"batch_size {cfg.batch_size} on {processes} process gives {method} a BatchNorm group of {group} image: "
+            "its variance needs 2 (the image-pooling branch has one value per image); raise batch_size or the processes"
+        )
+
+
+def _read_yaml(path: Path, shown: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{shown}: no such config file (the recipes are in configs/)") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown}: cannot be read: {_one_line(error)}") from None
+    values = _parse_yaml(text, shown)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{shown}: expected lines of `key: value`, found {_shown(values)}")
+    return values
+
+
+def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
+    if isinstance(overrides, Mapping):
+        yield from ((key, value, f"--set {key}={value}") for key, value in overrides.items())
+        return
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text}: expected key=value, such as --set epochs=20")
+        yield key.strip(), _parse_yaml(value, f"--set {text}"), f"--set {text}"
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{source}: not valid YAML: {place}{_one_line(error.problem or error.context)}") from None
+    except Exception as error:  # PyYAML builds values with whatever they raise: 2020-13-45 is a date, so a ValueError
+        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set `key`, or `key.inner` of a nested one (only the criterion has an inside)."""
+    outer, dot, inner = key.partition(".")
+    if not dot:
+        values[outer] = value
+        return
+    if outer != "criterion":
+        raise ConfigError(f"{source}: '{outer}' has no inner keys (only criterion.name, .thresh and .min_kept exist)")
+    nested = values.get(outer) or {}
+    if isinstance(nested, str):
+        nested = {"name": nested}
+    if not isinstance(nested, dict):
+        raise ConfigError(f"{source}: '{outer}' is {_shown(nested)} in the config file, which has no inner keys")
+    nested = _without_kwargs(nested)  # an override means the same number wherever it stands
+    if inner == "name" and value != "OHEM":
+        nested = {}
+    values[outer] = {**nested, inner.removeprefix("kwargs."): value}
+
+
+def _without_kwargs(criterion: Mapping[str, Any]) -> dict[str, Any]:
+    """The criterion's mapping with its numbers side by side; the published files nest them under `kwargs`."""
+    kwargs = criterion.get("kwargs") or {}
+    if not isinstance(kwargs, dict):
+        return dict(criterion)
+    return {key: value for key, value in criterion.items() if key != "kwargs"} | kwargs
+
+
+def _check_rules(cfg: Config, given: Mapping[str, Any], where: typing.Callable[[str], str]) -> None:
+    """Rules over names and over several keys."""
+
+    def fail(key: str, message: str) -> None:
+        raise ConfigError(f"{where(key)}: {key}: {message}")
+
+    if not re.fullmatch(r"[\w.-]+", cfg.dataset):
+        fail("dataset", f"{_shown(cfg.dataset)} may have letters, digits, '_', '-' and '.' only: it names a folder")
+    if cfg.backbone not in BACKBONES:
+        fail(
+            "backbone",
+            f"unknown backbone {_shown(cfg.backbone)}{_suggest(cfg.backbone, BACKBONES)}; "
+            f"there are {', '.join(BACKBONES)}",
+        )
+    if cfg.backbone == "xception" and cfg.replace_stride_with_dilation != (False, False, True):
+        fail("replace_stride_with_dilation", "xception has output stride 16 only: [false, false, true]")
+    if cfg.replace_stride_with_dilation[0]:
+        fail(
+            "replace_stride_with_dilation",
+            "the first must be false: low-level features need layer2's stride "
+            "(16: [false, false, true], 8: [false, true, true])",
+        )
+    if len(set(cfg.classes)) != len(cfg.classes):
+        twice = next(name for name in cfg.classes if cfg.classes.count(name) > 1)
+        fail("classes", f"'{twice}' is listed twice")
+    if not 2 <= len(cfg.classes) <= 255:
+        fail("classes", f"{len(cfg.classes)} classes; 2 to 255 fit an 8-bit label whose 255 is ignored")
+    if cfg.nclass != len(cfg.classes):
+        origin = "`classes` lists" if "classes" in given else f"the data set {cfg.dataset} has"
+        fail(
+            "nclass",
+            f"{cfg.nclass}, but {origin} {len(cfg.classes)} classes; leave nclass out, or list other `classes`",
+        )
+    if len(cfg.palette) != cfg.nclass:
+        fail("palette", f"{len(cfg.palette)} colours for {cfg.nclass} classes")
+    if any(not 0 <= value <= 255 for colour in cfg.palette for value in colour):
+        fail("palette", "colours are [red, green, blue] with values from 0 to 255")
+
+
+def _convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
+    """`value`, as YAML gives it, as the field's type; numbers are checked against the field's range."""
+    if hint is Criterion:
+        return _convert_criterion(value)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{_shown(value)} is none of {', '.join(args)}{_suggest(str(value), args)}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        kinds = [kind for kind in args if kind is not type(None)]
+        exact = [kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind)]
+        return _convert(value, (exact or kinds)[0], limits)
+    if origin is tuple:
+        return _convert_tuple(value, args, limits)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"expected true or false, found {_shown(value)}")
+        return value
+    if hint is str:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"expected text, found {_shown(value)}")
+        return value
+    return _convert_number(value, hint, limits)
+
+
+def _convert_tuple(value: Any, args: tuple[Any, ...], limits: Mapping[str, Any]) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"expected a list, found {_shown(value)}")
+    if args[-1] is not Ellipsis and len(value) != len(args):
+        raise ConfigError(f"expected {len(args)} values, found {_shown(value)}")
+    if args[0] is str:  # class names such as `1`, `yes` or `null` come out of YAML as something else
+        value = [item if isinstance(item, (str, list, dict)) else str(item) for item in value]
+    return tuple(_convert(item, args[0], limits) for item in value)
+
+
+def _convert_number(value: Any, hint: type, limits: Mapping[str, Any]) -> Any:
+    kind = "a whole number" if hint is int else "a number"
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a dot, as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"expected {kind}, found {_shown(value)}") from None
+    finite = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # False for NaN
+    if isinstance(value, bool) or not finite:
+        raise ConfigError(f"expected {kind}, found {_shown(value)}")
+    if hint is int and value != int(value):
+        raise ConfigError(f"expected {kind}, found {_shown(value)}")
+    value = hint(value)
+    above, minimum, maximum = (limits.get(key) for key in ("above", "minimum", "maximum"))
+    if above is not None and value <= above:
+        raise ConfigError(f"{value} must be greater than {above}")
+    if minimum is not None and value < minimum:
+        raise ConfigError(f"{value} must be at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{value} must be at most {maximum}")
+    return value
+
+
+def _convert_criterion(value: Any) -> Criterion:
+    """`CELoss`, `OHEM`, or a mapping with `name` and OHEM's numbers, flat or under `kwargs` as the release has them."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"expected CELoss or {{name: OHEM, thresh: 0.7, min_kept: 200000}}, found {_shown(value)}")
+    options = _without_kwargs(value)
+    name = options.pop("name")
+    if name not in CRITERIA:
+        raise ConfigError(
+            f"unknown criterion {_shown(name)}{_suggest(name, CRITERIA)}; there are {', '.join(CRITERIA)}"
+        )
+    if options.pop("ignore_index", 255) != 255:
+        raise ConfigError("ignore_index is 255 throughout; map other values in the labels")
+    allowed = ("thresh", "min_kept") if name == "OHEM" else ()
+    for key in options:
+        if key not in allowed:
+            raise ConfigError(f"{name} has no {_shown(str(key))}{_suggest(key, allowed)}")
+    limits = {"thresh": (float, {"above": 0, "maximum": 1}), "min_kept": (int, {"minimum": 0})}
+    numbers = {}
+    for key, given in options.items():
+        try:
+            numbers[key] = _convert_number(given, *limits[key])
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return Criterion(name, **numbers)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, inside too: what YAML and a checkpoint can hold without any class of ours."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word)[:80].lower(), lower, n=1)
+    return f" (did you mean '{lower[near[0]]}'?)" if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

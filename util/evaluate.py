@@ -1,0 +1,76 @@
+"""Evaluation at native size: whole images, sliding windows or a centre crop (spec: section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dataset.transform import normalize
+from util.distributed import all_reduce_sum
+from util.metrics import confusion_matrix, iou_per_class, mean_iou
+
+
+class Result(NamedTuple):
+    """mIoU and IoU per class (C,) in percent, NaN for an absent class, and the confusion matrix int64 (C, C)."""
+
+    miou: float
+    iou: torch.Tensor
+    confusion: torch.Tensor
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], mode: str, crop_size: int, nclass: int, device: torch.device | str
+) -> Result:
+    """Evaluate on batches `(image, label)`: images (1, 3, H, W), 8-bit or normalised, labels (1, H, W), 255 ignored.
+
+    Each process goes through its own share; counts are summed once, so every process returns the whole result.
+    """
+    was_training = model.training
+    model.eval()
+    confusion = torch.zeros(nclass, nclass, dtype=torch.int64, device=device)
+    for image, label, *_ in loader:
+        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+        if image.dtype == torch.uint8:
+            image = normalize(image)
+        if mode == "center_crop":
+            image, label = center_crop(image, crop_size), center_crop(label, crop_size)
+        confusion += confusion_matrix(predict(model, image, mode, crop_size), label, nclass)
+    model.train(was_training)
+    confusion = all_reduce_sum(confusion).cpu()
+    iou = iou_per_class(confusion)
+    return Result(mean_iou(iou), iou, confusion)
+
+
+def predict(model: nn.Module, image: torch.Tensor, mode: str, crop_size: int) -> torch.Tensor:
+    """Classes (B, H, W) int64 of normalised images (B, 3, H, W) by a model in eval mode."""
+    scores = sliding_window(model, image, crop_size) if mode == "sliding_window" else model(image)
+    return scores.argmax(dim=1)
+
+
+def sliding_window(model: nn.Module, image: torch.Tensor, size: int) -> torch.Tensor:
+    """Softmax scores (B, C, H, W), summed over windows of `size` at stride int(size * 2 / 3).
+
+    Windows start while the start is inside the image and are cut off at its border, so those at the edges are smaller.
+    """
+    height, width = image.shape[-2:]
+    stride = int(size * 2 / 3)
+    scores = None
+    for y in range(0, height, stride):
+        for x in range(0, width, stride):
+            window = (..., slice(y, y + size), slice(x, x + size))
+            prob = model(image[window]).softmax(dim=1)
+            if scores is None:
+                scores = prob.new_zeros(len(image), prob.shape[1], height, width)
+            scores[window] += prob
+    return scores
+
+
+def center_crop(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """The central `size` x `size` pixels of (..., H, W); a side shorter than that is kept whole."""
+    height, width = tensor.shape[-2:]
+    y, x = max((height - size) // 2, 0), max((width - size) // 2, 0)
+    return tensor[..., y : y + size, x : x + size]

@@ -1,0 +1,80 @@
+"""What a run tells: lines on screen and in `train.log`, a progress bar on a terminal, curves in TensorBoard.
+
+Every process has a log; that of the main process writes, the others' are mute.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LOG_FILE = "train.log"
+
+
+class RunLog:
+    """Lines, bars and curves of one run in `save_path`; mute unless `active`. Use it as a context manager."""
+
+    def __init__(self, save_path: Path, active: bool, first_step: int = 0) -> None:
+        self.active = active
+        self.interactive = active and sys.stderr.isatty()
+        self._file = open(save_path / LOG_FILE, "a", encoding="utf-8") if active else None  # noqa: SIM115
+        # Curves of a run that was interrupted: what it wrote from `first_step` on, beyond its checkpoint, is hidden.
+        self._writer = SummaryWriter(str(save_path), purge_step=first_step) if active else None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:  # the entry script tells it on screen
+            self._write(f"stopped: {str(error) or kind.__name__}", on_screen=False)
+        if self.active:
+            self._file.close()
+            self._writer.close()
+
+    def info(self, text: str) -> None:
+        """A line (or several) on screen and in the file."""
+        self._write(text, on_screen=True)
+
+    def progress(self, text: str) -> None:
+        """A line in the file, and on screen where no bar is shown."""
+        self._write(text, on_screen=not self.interactive)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Points of TensorBoard curves."""
+        if self.active:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Write curves to the disk now, so that a run that is killed has them up to its checkpoint."""
+        if self.active:
+            self._writer.flush()
+
+    def bar(self, total: int, title: str) -> tqdm:
+        """A progress bar over an epoch's iterations; invisible unless on a terminal."""
+        return tqdm(total=total, desc=title, disable=not self.interactive, dynamic_ncols=True, leave=False)
+
+    def _write(self, text: str, on_screen: bool) -> None:
+        if not self.active:
+            return
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self._file, flush=True)
+        if on_screen:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB (1e9 bytes): of tensors on a GPU since the last call, else of this process so far."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,188 @@
+"""The start of a run: everything that can be wrong is found before a process group or a GPU starts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dataset.files import Sample, check_samples, find_unlabeled, list_digest, read_list
+from dataset.semi import EpochSampler, TrainDataset, default_workers, train_loader, val_loader
+from model import build_model, check_pretrained
+from util.checkpoint import find_checkpoint, set_aside
+from util.config import Config, ConfigError, check_batch, load_config, resolve_path, to_dict
+from util.distributed import Processes, choose_device, find_processes, local_process_count, process_group
+from util.log import LOG_FILE, RunLog
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run: its values, lists and places. `lr` is the backbone's rate, scaled if the config says so."""
+
+    method: str
+    cfg: Config
+    lr: float
+    labeled: list[Sample]
+    unlabeled: list[Sample] | None
+    val: list[Sample]
+    save_path: Path
+    checkpoint: dict[str, Any] | None
+    processes: Processes
+    device: torch.device
+    log: RunLog
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What shapes training besides the config; a checkpoint carries it."""
+        return _identity(self.method, self.labeled, self.unlabeled)
+
+    @property
+    def workers(self) -> int:
+        """Loading processes of this process: the config's, else a share of this machine's cores."""
+        return default_workers(local_process_count()) if self.cfg.workers is None else self.cfg.workers
+
+    def build_model(self) -> nn.Module:
+        """The model, with ImageNet weights if the config says so and no checkpoint is going to replace them."""
+        return build_model(self.cfg, pretrained=self.checkpoint is None)
+
+    def train_loader(self, strong_views: int = 2) -> DataLoader:
+        """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
+        cfg = self.cfg
+        dataset = TrainDataset(
+            self.labeled, self.unlabeled, resolve_path(cfg.data_root), cfg.crop_size, cfg.seed, strong_views
+        )
+        sampler = EpochSampler(
+            len(self.labeled),
+            None if self.unlabeled is None else len(self.unlabeled),
+            cfg.batch_size,
+            cfg.seed,
+            self.processes.rank,
+            self.processes.count,
+            cfg.cutmix_partner,
+        )
+        return train_loader(dataset, sampler, self.workers, pin_memory=self.device.type == "cuda")
+
+    def val_loader(self) -> DataLoader:
+        """This process's share of the validation images."""
+        return val_loader(
+            self.val,
+            resolve_path(self.cfg.data_root),
+            self.workers,
+            self.device.type == "cuda",
+            self.processes.rank,
+            self.processes.count,
+        )
+
+
+@contextlib.contextmanager
+def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
+    """Check everything, join the other processes, open the log, seed torch.
+
+    Raises ConfigError, DataError or CheckpointError, each one line for the user.
+    """
+    cfg = load_config(args.config, args.overrides)
+    notes = []
+    if getattr(args, "double_batch", False):
+        if any(text.partition("=")[0].strip() == "batch_size" for text in args.overrides):
+            notes.append("batch size: as --set says, not doubled")
+        else:
+            cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
+            notes.append(
+                "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
+            )
+    processes = find_processes(args.port)
+    device = choose_device(cfg.device, processes)
+    labeled, unlabeled, val = _find_lists(method, cfg, args)
+    check_batch(cfg, method, processes.count, len(labeled), None if unlabeled is None else len(unlabeled))
+    save_path, checkpoint = Path(args.save_path), None
+    if args.resume == "auto":
+        checkpoint = find_checkpoint(save_path, cfg, _identity(method, labeled, unlabeled))
+    if processes.is_main:
+        _check_writable(save_path)
+        if checkpoint is None:
+            check_pretrained(cfg)
+        if cfg.check_data:
+            for samples in (labeled, unlabeled or [], val):
+                check_samples(samples, resolve_path(cfg.data_root), cfg.nclass)
+        if args.resume == "never" and (aside := set_aside(save_path)):
+            notes.append(f"earlier results were moved to {aside}")
+    first_step = checkpoint["iteration"] if checkpoint else 0
+    with process_group(processes, device), RunLog(save_path, processes.is_main, first_step) as log:
+        lr = _scaled_lr(cfg, processes.count)
+        if processes.is_main:
+            (save_path / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
+        run = Run(method, cfg, lr, labeled, unlabeled, val, save_path, checkpoint, processes, device, log)
+        for line in [*_describe(run), *notes]:
+            log.info(line)
+        torch.manual_seed(cfg.seed)
+        yield run
+
+
+def _find_lists(
+    method: str, cfg: Config, args: argparse.Namespace
+) -> tuple[list[Sample], list[Sample] | None, list[Sample]]:
+    labeled = read_list(resolve_path(args.labeled_id_path))
+    val = read_list(resolve_path(cfg.val_id_path))
+    if method == "supervised":
+        return labeled, None, val
+    source = args.unlabeled_id_path or cfg.unlabeled_id_path
+    if source is None:
+        raise ConfigError("no unlabelled images: give --unlabeled-id-path, or unlabeled_id_path in the config")
+    listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
+    return labeled, find_unlabeled(listed if listed.is_file() else source, resolve_path(cfg.data_root), labeled), val
+
+
+def _identity(method: str, labeled: list[Sample], unlabeled: list[Sample] | None) -> dict[str, str]:
+    lists = {"labelled list": labeled, "unlabelled list": unlabeled or []}
+    return {"method": method, **{name: f"{len(x)} images, {list_digest(x)}" for name, x in lists.items()}}
+
+
+def _check_writable(save_path: Path) -> None:
+    try:
+        save_path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save_path):
+            pass
+        for name in (LOG_FILE, CONFIG_FILE):  # of an earlier run, which may have been another user's
+            if (save_path / name).exists():
+                open(save_path / name, "a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"--save-path {error.filename or save_path}: cannot be written to: {error.strerror}"
+        ) from None
+
+
+def _scaled_lr(cfg: Config, processes: int) -> float:
+    return cfg.lr * cfg.batch_size * processes / cfg.reference_batch if cfg.scale_lr else cfg.lr
+
+
+def _describe(run: Run) -> list[str]:
+    cfg, count = run.cfg, run.processes.count
+    per_step = cfg.batch_size * count
+    unlabeled = "" if run.unlabeled is None else f" + {per_step} unlabelled"
+    linear = cfg.lr * per_step / cfg.reference_batch
+    if cfg.scale_lr:
+        rule = f"scaled by the linear rule from {cfg.lr:g}"
+    else:
+        rule = (
+            f"the linear rule would give {linear:g}: scale_lr: true applies it" if linear != cfg.lr else "as the recipe"
+        )
+    images = f"{len(run.labeled)} labelled, {len(run.val)} validation"
+    images += f", {len(run.unlabeled)} unlabelled" if run.unlabeled is not None else ""
+    return [
+        f"{run.method} on {cfg.dataset} ({images} images, {cfg.nclass} classes), saved in {run.save_path}",
+        f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "
+        f"process{'es' * (count > 1)} on {run.device.type}",
+        f"batch: {per_step} labelled{unlabeled} images a step ({cfg.batch_size} x {count}); the recipe's reference is "
+        f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",
+    ]
