@@ -64,7 +64,7 @@ def stream(seed: int, *purpose: int) -> np.random.Generator:
 
 
 class EpochSampler(Sampler[Key]):
-    """The keys of one process for one epoch: a pass over the unlabelled set, shuffled anew (spec: section 2).
+    """The keys of one process for one epoch: a pass over the unlabelled set, shuffled anew, as in the release.
 
     Each of the `processes` gets ceil(N / processes) images, the last few repeated, cut to whole batches. Position p of
     the epoch's order goes to process p mod `processes`, so a step's images are the same at any number of processes.

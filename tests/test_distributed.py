@@ -51,12 +51,7 @@ NCLASS, SIZE, IMAGES = 5, 33, 4
 STEPS = {"unimatch": 2, "fixmatch": 1, "supervised": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _run(job: Callable[..., Any], count: int, folder: Path, *args: Any) -> list[Any]:

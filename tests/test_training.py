@@ -30,13 +30,7 @@ EPOCHS = 2
 ITERATIONS = {"unimatch": 3, "fixmatch": 3, "supervised": 1}  # an epoch; the supervised run doubles its batch to 4 of 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the scripts have under run_script: the number of threads shapes the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def run_main(main: Callable[[], None]) -> None:
         message, status = _last_line(error), EXIT_USER_ERROR
     except TrainingStopped as error:
         message, status = str(error), EXIT_STOPPED
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         hint = "lower batch_size or crop_size, or use more processes"
         message, status = f"out of GPU memory: {hint} ({str(error).splitlines()[0]})", EXIT_STOPPED
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Evaluation at native size: whole images, sliding windows or a centre crop (spec: section 5)."""
+"""Evaluation at native size: whole images, sliding windows or a centre crop, as the release evaluates."""
 
 from __future__ import annotations
 
