@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from model.backbone import BACKBONES, create_backbone
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-# Backbones that the paper's authors offer ImageNet weights of.
-PUBLISHED = ("resnet50", "resnet101", "xception")
+# Backbones that ImageNet weights are published of, by the paper's authors or by torchvision.
+PUBLISHED = ("resnet50", "resnet101", "xception", "resnet50_tv", "resnet101_tv")
 
 
 class WeightsError(ValueError):
@@ -36,23 +36,29 @@ def read_pretrained(backbone: nn.Module, name: str, path: str | Path | None = No
     """
     path = PROJECT_ROOT / "pretrained" / f"{name}.pth" if path is None else _find(path)
     try:
-        state = _state_dict(read_checkpoint(path), path)
-        ignored = ("itr", "tmp", "track") if name == "xception" else ()
-        state = {k: v for k, v in state.items() if not k.startswith("fc.") and not any(part in k for part in ignored)}
-        if fault := _differences(backbone.state_dict(), state):
-            stem = state.get("conv1.weight")
-            found = _identify(state)
-            if name.startswith("resnet") and stem is not None and stem.shape[-1] == 7:
-                fault = "a ResNet with another stem, one 7x7 convolution (conv1.weight) as torchvision's"
-            elif found and found != name:
-                fault = f"weights of {found}"
-            raise WeightsError(f"{path}: {fault}")
+        return pretrained_state(backbone, name, read_checkpoint(path), path)
     except WeightsError as error:
-        stem = " with a deep stem of three 3x3 convolutions (conv1.0.weight)" if name.startswith("resnet") else ""
+        stem = f" with {_stem(name)}" if name.startswith("resnet") else ""
         where = "see pretrained/README.md for where to get them" if name in PUBLISHED else "none are published"
         raise WeightsError(
             f"{error}; expected ImageNet weights of {name}{stem}: {where}, or set `pretrained: false`"
         ) from None
+
+
+def pretrained_state(backbone: nn.Module, name: str, checkpoint: Any, source: str | Path) -> dict[str, Tensor]:
+    """What `read_pretrained` gives and raises for a file of this content; `source` names it in errors."""
+    state = find_state_dict(checkpoint, source)
+    ignored = ("itr", "tmp", "track") if name == "xception" else ()
+    state = {k: v for k, v in state.items() if not k.startswith("fc.") and not any(part in k for part in ignored)}
+    if fault := _differences(backbone.state_dict(), state):
+        found, stem = _identify(state), state.get("conv1.weight")
+        if found and found != name:
+            fault = f"weights of {found}"
+            if "resnet" in found and "resnet" in name and _stem(found) != _stem(name):
+                fault += f", a ResNet with another stem, {_stem(found)}: set `backbone: {found}` to use them"
+        elif name in ("resnet18", "resnet50", "resnet101") and stem is not None and stem.shape[-1] == 7:
+            fault = f"a ResNet with another stem, {_stem('resnet50_tv')} as torchvision's"
+        raise WeightsError(f"{source}: {fault}")
     return state
 
 
@@ -62,7 +68,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Any, source: str | Path)
     A `module.` prefix of the names (DistributedDataParallel) is dropped. Every name and shape must agree, else the
     model stays as it is and a WeightsError says, after `source` (the file), what differs.
     """
-    state, own = _state_dict(checkpoint, source), model.state_dict()
+    state, own = find_state_dict(checkpoint, source), model.state_dict()
     if fault := _differences(own, state):
         found, expected = (_identify(_part(s, "backbone.")) for s in (state, own))
         classes, own_classes = (len(s["classifier.bias"]) if "classifier.bias" in s else None for s in (state, own))
@@ -116,7 +122,7 @@ def _find(path: str | Path) -> Path:
     return path if path.exists() or path.is_absolute() else PROJECT_ROOT / path
 
 
-def _state_dict(checkpoint: Any, source: str | Path) -> dict[str, Tensor]:
+def find_state_dict(checkpoint: Any, source: str | Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint, bare or under `state_dict` or `model`, without `module.` prefixes."""
     for key in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
@@ -125,6 +131,13 @@ def _state_dict(checkpoint: Any, source: str | Path) -> dict[str, Tensor]:
     if not items or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         raise WeightsError(f"{source}: holds no state dict (named tensors, bare or under `model`)")
     return {key.removeprefix("module."): value for key, value in items}
+
+
+def _stem(name: str) -> str:
+    """The stem of a ResNet, and a weight's name that shows it."""
+    if name.endswith("_tv"):
+        return "one 7x7 convolution (conv1.weight)"
+    return "a deep stem of three 3x3 convolutions (conv1.0.weight)"
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models._utils import IntermediateLayerGetter
 
 from model import BACKBONES, build_model
+from model.backbone import create_backbone
 from model.backbone.xception import Block
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state
@@ -108,7 +111,7 @@ def test_children_are_the_five_parts_of_deeplabv3plus(backbone):
 
 @pytest.mark.parametrize(
     ("backbone", "c1_channels", "c4_channels"),
-    [("resnet18", 64, 512), ("resnet50", 256, 2048), ("resnet101", 256, 2048), ("xception", 256, 2048)],
+    [("resnet18", 64, 512), *((name, 256, 2048) for name in BACKBONES if name != "resnet18")],
 )
 def test_features_have_the_backbone_s_width_and_the_decoder_an_eighth_of_c4(backbone, c1_channels, c4_channels):
     model = make_meta(backbone)
@@ -119,7 +122,7 @@ def test_features_have_the_backbone_s_width_and_the_decoder_an_eighth_of_c4(back
     assert model.classifier.in_channels == c4_channels // 8
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet50_tv"])
 @pytest.mark.parametrize(("replace", "size"), [(OS8, (9, 13)), (OS16, (5, 7)), (OS32, (3, 4))])
 def test_replaced_strides_keep_the_resolution(backbone, replace, size):
     model = make_meta(backbone, replace_stride_with_dilation=replace)
@@ -144,6 +147,24 @@ def test_first_block_of_a_dilated_stage_has_the_dilation_before_it(backbone, rep
         for block, dilation in zip(blocks, [first] + [later] * (len(blocks) - 1), strict=True):
             convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
             assert {conv.dilation for conv in convs} == {conv.padding for conv in convs} == {(dilation, dilation)}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+@pytest.mark.parametrize("replace", [OS8, OS16, OS32])
+@torch.no_grad()
+def test_torchvision_backbones_give_torchvision_s_own_features(name, replace):
+    theirs = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=replace)
+    state = reference_state(theirs)
+    theirs.load_state_dict(state)
+    ours = create_backbone(f"{name}_tv", replace).eval()
+    own = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+    assert list(ours.state_dict()) == list(own)
+    ours.load_state_dict(own)
+    image = reference_image(SEED, 1, 65, 81).float()
+    features = IntermediateLayerGetter(theirs.eval(), {"layer1": "c1", "layer4": "c4"})(image)
+    c1, c4 = ours(image)
+    torch.testing.assert_close(c1, features["c1"])
+    torch.testing.assert_close(c4, features["c4"])
 
 
 def test_config_dilations_reach_the_aspp_branches():

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import model.weights
-from model import WeightsError, build_model, load_checkpoint_state, read_checkpoint
+from model import BACKBONES, WeightsError, build_model, load_checkpoint_state, read_checkpoint
 from model.backbone import create_backbone
 
 STATE_DICTS = json.loads((Path(__file__).parent / "reference" / "state_dicts.json").read_text())
@@ -67,7 +67,7 @@ def error_of(function, *args, **kwargs):
 # ---- ImageNet weights that load
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "xception"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_weights_are_read_from_the_project_whatever_the_current_folder(project, monkeypatch, tmp_path, name):
     state = {k: v for k, v in backbone_state(name).items() if not k.endswith("num_batches_tracked")}
     extra = {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
@@ -119,7 +119,7 @@ def test_no_file_is_touched_unless_argument_and_config_ask_for_weights(project):
 # ---- ImageNet weights that do not
 
 
-@pytest.mark.parametrize("name", ["resnet50", "resnet101", "xception"])
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "xception", "resnet50_tv", "resnet101_tv"])
 def test_missing_weights_say_which_file_what_it_is_and_where_to_get_it(project, name):
     message = error_of(make, name, pretrained=True)
     assert str(project / f"{name}.pth") in message
@@ -153,16 +153,41 @@ def test_a_file_without_a_state_dict_is_refused(project, content):
     assert "resnet50.pth: holds no state dict" in error_of(make, "resnet50", pretrained=True)
 
 
-def test_torchvision_s_stem_is_told_apart(project):
+def torchvision_state(name):
+    """In the form of torchvision's official files."""
     with torch.device("meta"):
-        own = torchvision.models.resnet50(weights=None).state_dict()
-    torch.save(filled((name, tensor.shape) for name, tensor in own.items()), project / "resnet50.pth")
-    message = error_of(make, "resnet50", pretrained=True)
-    assert "resnet50.pth: a ResNet with another stem, one 7x7 convolution (conv1.weight)" in message
+        own = getattr(torchvision.models, name)(weights=None).state_dict()
+    return filled((key, tensor.shape) for key, tensor in own.items() if not key.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_torchvision_s_file_loads_as_it_is(project, name):
+    state = torchvision_state(name)
+    torch.save(state, project / f"{name}_tv.pth")
+    del state["fc.weight"], state["fc.bias"]
+    assert_loaded(make(f"{name}_tv", pretrained=True).backbone, state)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_torchvision_s_stem_and_the_deep_one_are_told_apart(project, name):
+    torch.save(torchvision_state(name), project / f"{name}.pth")
+    message = error_of(make, name, pretrained=True)
     assert (
-        "expected ImageNet weights of resnet50 with a deep stem of three 3x3 convolutions (conv1.0.weight)" in message
+        f"{name}.pth: weights of {name}_tv, a ResNet with another stem, one 7x7 convolution (conv1.weight)" in message
     )
+    assert f": set `backbone: {name}_tv` to use them; expected ImageNet weights of {name} with a deep stem" in message
     assert "pretrained/README.md" in message
+
+    torch.save(backbone_state(name), project / f"{name}_tv.pth")
+    message = error_of(make, f"{name}_tv", pretrained=True)
+    assert f"{name}_tv.pth: weights of {name}, a ResNet with another stem, a deep stem of three 3x3" in message
+    assert f": set `backbone: {name}` to use them; expected ImageNet weights of {name}_tv with one 7x7" in message
+
+
+def test_the_stem_of_a_resnet_that_is_no_backbone_here_is_told_too(project):
+    torch.save(torchvision_state("resnet34"), project / "resnet50.pth")
+    message = error_of(make, "resnet50", pretrained=True)
+    assert "resnet50.pth: a ResNet with another stem, one 7x7 convolution (conv1.weight) as torchvision's" in message
 
 
 def test_weights_of_another_backbone_are_recognised(project):

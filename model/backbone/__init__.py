@@ -10,9 +10,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from model.backbone.resnet import resnet18, resnet50, resnet101
+from model.backbone.resnet_tv import resnet50_tv, resnet101_tv
 from model.backbone.xception import xception65
 
-BACKBONES = {"resnet18": resnet18, "resnet50": resnet50, "resnet101": resnet101, "xception": xception65}
+BACKBONES = {
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "xception": xception65,
+    "resnet50_tv": resnet50_tv,
+    "resnet101_tv": resnet101_tv,
+}
 
 
 def create_backbone(name: str, replace_stride_with_dilation: Sequence[bool] = (False, False, True)) -> nn.Module:
