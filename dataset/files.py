@@ -7,7 +7,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,6 @@ IGNORE_INDEX = 255
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_MASK_HINT = "it looks like a 0/255 mask: store class indices, 0 for background and 1 for the object"
 
 
 class Sample(NamedTuple):
@@ -34,8 +33,9 @@ class Sample(NamedTuple):
 def read_list(path: str | Path, labels: bool = True) -> list[Sample]:
     """Read a list file: `image label` or just `image` a line, blank lines and `#` comments allowed.
 
-    Columns are separated by white space, or by a tab where names contain spaces. With `labels`, every line must have a
-    label. Raises DataError for a missing, empty or malformed list.
+    Columns are separated by white space. A line with a tab in it, were it the line's last character, is split at tabs
+    only, so that names may contain spaces. With `labels`, every line must have a label. Raises DataError for a missing,
+    empty or malformed list.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some Windows programs begin a file with a mark
@@ -45,17 +45,20 @@ def read_list(path: str | Path, labels: bool = True) -> list[Sample]:
         raise DataError(f"{path}: not a readable list file: {error}") from None
     samples = []
     for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
+        line = line.lstrip()
         if not line or line.startswith("#"):
             continue
-        columns = [column.strip() for column in re.split(r"\t+", line)] if "\t" in line else line.split()
+        columns = [column.strip() for column in re.split(r"\t+", line.rstrip())] if "\t" in line else line.split()
         if len(columns) > 2:
             raise DataError(
                 f"{path}:{number}: expected `image label`, found {len(columns)} columns "
                 "(put a tab between the columns where names contain spaces)"
             )
         if labels and len(columns) < 2:
-            raise DataError(f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`")
+            hint = " (a tab, also at the line's end, makes tabs its only separators)" if "\t" in line else ""
+            raise DataError(
+                f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
+            )
         samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
     if not samples:
         raise DataError(f"{path}: the list is empty")
@@ -102,6 +105,11 @@ def read_label(path: str | Path) -> Image.Image:
         return Image.fromarray(np.asarray(label).astype(np.uint8))  # palette indices stay indices
 
 
+def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.Image:
+    """A label (mode L) with its values replaced as `label_map` says; values that it does not name stay as they are."""
+    return label.point([label_map.get(value, value) for value in range(256)]) if label_map else label
+
+
 @contextlib.contextmanager
 def _faults_named(path: str | Path, kind: str) -> Iterator[None]:
     """What opening or decoding the `kind` at `path` raises becomes a DataError that names it."""
@@ -121,27 +129,41 @@ def _check_depth(path: str | Path, image: Image.Image) -> None:
         raise DataError(f"{path}: the image has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits")
 
 
-def check_samples(samples: Sequence[Sample], data_root: str | Path, nclass: int, threads: int = 8) -> None:
+def check_samples(
+    samples: Sequence[Sample],
+    data_root: str | Path,
+    nclass: int,
+    threads: int = 8,
+    label_map: Mapping[int, int] | None = None,
+) -> None:
     """Check every file of a list; the first fault in list order is raised as DataError.
 
-    Images: present, a readable header, not truncated. Labels: present, of the image's size, values below `nclass` or
-    255. Images are decoded only where their last bytes look cut off; labels always.
+    Images: present, a readable header, not truncated. Labels: present, of the image's size, values after `label_map`
+    below `nclass` or 255. Images are decoded only where their last bytes look cut off; labels always.
     """
     root = Path(data_root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; data_root must hold the images that the lists name")
     found: set[int] = set()
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
-        for values in pool.map(lambda sample: _check_sample(sample, root, nclass), samples):
+        for values in pool.map(lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples):
             found |= values
-    if IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}:
+    if not label_map and IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}:
         raise DataError(
             f"{root / samples[0].label}: values found over all {len(samples)} labels of the list: "
-            f"{_few(sorted(found))}, so no class but 0 occurs; {_MASK_HINT}"
+            f"{_few(sorted(found))}, so no class but 0 occurs; {mask_hint()}"
         )
 
 
-def _check_sample(sample: Sample, root: Path, nclass: int) -> set[int]:
+def mask_hint(value: int = 255) -> str:
+    """What to do about labels in which 0 and `value` mean background and object."""
+    return (
+        f"it looks like a 0/255 mask: set label_map: {{0: 0, {value}: 1}}, "
+        "or store class indices, 0 for background and 1 for the object"
+    )
+
+
+def _check_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int]) -> set[int]:
     """The values found in the sample's label (none without one)."""
     size = _check_image(root / sample.image)
     if sample.label is None:
@@ -154,11 +176,12 @@ def _check_sample(sample: Sample, root: Path, nclass: int) -> set[int]:
             f"is {size[0]} x {size[1]}"
         )
     found = np.flatnonzero(np.bincount(np.asarray(label).ravel(), minlength=256)).tolist()
-    wrong = [value for value in found if nclass <= value != IGNORE_INDEX]
-    if wrong:
-        hint = f"; {_MASK_HINT}" if len(found) == 2 and found[0] == 0 and found[1] >= 128 else ""
+    if any(nclass <= label_map.get(value, value) != IGNORE_INDEX for value in found):
+        mask = not label_map and len(found) == 2 and found[0] == 0 and found[1] >= 128
+        named = f", and those in label_map ({_few(sorted(label_map))})" if label_map else ""
         raise DataError(
-            f"{path}: label values found: {_few(found)}; allowed are 0..{nclass - 1}, and 255 for ignored pixels{hint}"
+            f"{path}: label values found: {_few(found)}; allowed are 0..{nclass - 1}, and 255 for ignored pixels"
+            f"{named}{f'; {mask_hint(found[1])}' if mask else ''}"
         )
     return set(found)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dataset.files import IGNORE_INDEX, Sample, read_image, read_label
+from dataset.files import IGNORE_INDEX, Sample, map_label, read_image, read_label
 from dataset.transform import (
     apply_geometry,
     apply_photometry,
@@ -116,7 +116,8 @@ class EpochSampler(Sampler[Key]):
 class TrainDataset(Dataset):
     """`(image, label)` of a labelled sample; with unlabelled images `((image, label), views, partner's views)`.
 
-    8-bit tensors: images (3, S, S), label and ignore mask (S, S), S = crop_size. `strong_views` is 1 or 2.
+    8-bit tensors: images (3, S, S), label and ignore mask (S, S), S = crop_size. `strong_views` is 1 or 2. `label_map`
+    gives the class of values in the label files that are no class themselves.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class TrainDataset(Dataset):
         crop_size: int,
         seed: int,
         strong_views: int = 2,
+        label_map: Mapping[int, int] | None = None,
     ) -> None:
         self.labeled, self.unlabeled, self.data_root = labeled, unlabeled, Path(data_root)
+        self.label_map = label_map
         self.crop_size, self.seed, self.strong_views = crop_size, seed, strong_views
 
     def __getitem__(self, key: Key) -> Any:
@@ -144,7 +147,7 @@ class TrainDataset(Dataset):
     def _labeled(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.labeled[key.labeled % len(self.labeled)]
         image = read_image(self.data_root / sample.image)
-        label = read_label(self.data_root / sample.label)
+        label = map_label(read_label(self.data_root / sample.label), self.label_map)
         geometry = draw_geometry(*image.size, self.crop_size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
         image = apply_geometry(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
         label = apply_geometry(label, geometry, self.crop_size, IGNORE_INDEX, Image.Resampling.NEAREST)
@@ -165,10 +168,12 @@ class TrainDataset(Dataset):
 
 
 class ValDataset(Dataset):
-    """`(image, label)` at native size: 8-bit tensors (3, H, W) and (H, W)."""
+    """`(image, label)` at native size: 8-bit tensors (3, H, W) and (H, W). `label_map` as in TrainDataset."""
 
-    def __init__(self, samples: Sequence[Sample], data_root: str | Path) -> None:
-        self.samples, self.data_root = samples, Path(data_root)
+    def __init__(
+        self, samples: Sequence[Sample], data_root: str | Path, label_map: Mapping[int, int] | None = None
+    ) -> None:
+        self.samples, self.data_root, self.label_map = samples, Path(data_root), label_map
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -176,7 +181,7 @@ class ValDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.samples[index]
         image, label = read_image(self.data_root / sample.image), read_label(self.data_root / sample.label)
-        return to_tensor(image), to_tensor(label)
+        return to_tensor(image), to_tensor(map_label(label, self.label_map))
 
 
 def train_loader(dataset: TrainDataset, sampler: EpochSampler, workers: int | None, pin_memory: bool) -> DataLoader:
@@ -201,12 +206,12 @@ def val_loader(
     pin_memory: bool,
     rank: int = 0,
     processes: int = 1,
+    label_map: Mapping[int, int] | None = None,
 ) -> DataLoader:
     """One validation image at a time; each image goes to exactly one process, so shares may differ by one image."""
     workers = default_workers(processes) if workers is None else workers
-    return DataLoader(
-        ValDataset(samples[rank::processes], data_root), batch_size=1, num_workers=workers, pin_memory=pin_memory
-    )
+    dataset = ValDataset(samples[rank::processes], data_root, label_map)
+    return DataLoader(dataset, batch_size=1, num_workers=workers, pin_memory=pin_memory)
 
 
 def default_workers(processes: int) -> int:

@@ -36,12 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = choose_device(cfg.device, processes)
     samples, data_root = read_list(resolve_path(cfg.val_id_path)), resolve_path(cfg.data_root)
     if processes.is_main and cfg.check_data:
-        check_samples(samples, data_root, cfg.nclass)
+        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map)
     model = build_model(cfg, pretrained=False)
     load_checkpoint_state(model, read_checkpoint(resolve_path(args.checkpoint)), args.checkpoint)
     mode = args.mode or cfg.eval_mode
     with process_group(processes, device):
-        loader = val_loader(samples, data_root, cfg.workers, device.type == "cuda", processes.rank, processes.count)
+        loader = val_loader(
+            samples,
+            data_root,
+            cfg.workers,
+            device.type == "cuda",
+            processes.rank,
+            processes.count,
+            cfg.label_map,
+        )
         result = evaluate(model.to(device), loader, mode, cfg.crop_size, cfg.nclass, device)
     if processes.is_main:
         print(f"{args.checkpoint}: IoU in percent ({mode}, {len(samples)} images)")

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import DataError
-from dataset.files import IMAGE_SUFFIXES, images_in, read_image, read_label, read_list
+from dataset.files import IMAGE_SUFFIXES, images_in, map_label, read_image, read_label, read_list
 from dataset.transform import normalize
 from model import build_model, load_checkpoint_state, read_checkpoint
 from util.cli import add_common_arguments, run_main
@@ -91,7 +91,7 @@ def _truth(label: Path | None, size: tuple[int, int], cfg: Config) -> Image.Imag
     """The label in the palette's colours; white where the list has none."""
     if label is None:
         return Image.new("RGB", size, "white")
-    return colorize(np.asarray(read_label(label)), cfg.palette)
+    return colorize(np.asarray(map_label(read_label(label), cfg.label_map)), cfg.palette)
 
 
 if __name__ == "__main__":

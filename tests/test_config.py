@@ -79,6 +79,7 @@ WRONG_TYPES = {
     "classes": "leaf",
     "nclass": 3.5,
     "palette": "#ff0000",
+    "label_map": [0, 255],
     "unlabeled_id_path": 7,
     "eval_mode": "whole",
     "cutmix_partner": ["same_image"],
@@ -468,6 +469,7 @@ def test_relative_paths_are_taken_from_the_current_folder_else_from_the_project(
         {"criterion": {"name": "OHEM", "thresh": 0.6, "min_kept": 10}, "workers": 0, "pretrained": "some/weights.pth"},
         {"dataset": "cityscapes", "classes": None, "lr": "1e-5", "unlabeled_id_path": "more"},
         {"classes": None, "nclass": 5, "pretrained": False},
+        {"label_map": {255: 1, 0: 0, 7: 255}},
         {"classes": ["1", "yes", "null", "a: b", "#c"], "dataset": "1e5"},
     ],
 )

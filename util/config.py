@@ -67,6 +67,9 @@ class Config:
         "number of classes; implied by the data set or by `classes`", None, minimum=2, maximum=255
     )
     palette: tuple[tuple[int, int, int], ...] | None = _key("one [red, green, blue] per class, 0 to 255", None)
+    label_map: dict[int, int] | None = _key(
+        "class (or 255, ignored) of values in the label files, such as {0: 0, 255: 1}; other values stay", None
+    )
     unlabeled_id_path: str | None = _key(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it", None
     )
@@ -163,6 +166,15 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
         raise ConfigError(f"{path}: {error}") from None
     _check_rules(cfg, converted, lambda key: where.get(key, str(path)))
     return cfg
+
+
+def parse_label_map(text: str, source: str) -> dict[int, int] | None:
+    """A `label_map` given as YAML text; raises ConfigError, which begins with `source`."""
+    value = _parse_yaml(text, source)
+    try:
+        return _convert_label_map(value)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
@@ -301,6 +313,9 @@ def _check_rules(cfg: Config, given: Mapping[str, Any], where: typing.Callable[[
             "nclass",
             f"{cfg.nclass}, but {origin} {len(cfg.classes)} classes; leave nclass out, or list other `classes`",
         )
+    for value, index in (cfg.label_map or {}).items():
+        if cfg.nclass <= index != 255:
+            fail("label_map", f"{value}: {index}: classes are 0..{cfg.nclass - 1}, and 255 for ignored pixels")
     if len(cfg.palette) != cfg.nclass:
         fail("palette", f"{len(cfg.palette)} colours for {cfg.nclass} classes")
     if any(not 0 <= value <= 255 for colour in cfg.palette for value in colour):
@@ -320,10 +335,12 @@ def _convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
         if value is None and type(None) in args:
             return None
         kinds = [kind for kind in args if kind is not type(None)]
-        exact = [kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind)]
+        exact = [kind for kind in kinds if typing.get_origin(kind) is None and isinstance(value, kind)]
         return _convert(value, (exact or kinds)[0], limits)
     if origin is tuple:
         return _convert_tuple(value, args, limits)
+    if origin is dict:
+        return _convert_label_map(value)
     if hint is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"expected true or false, found {_shown(value)}")
@@ -343,6 +360,26 @@ def _convert_tuple(value: Any, args: tuple[Any, ...], limits: Mapping[str, Any])
     if args[0] is str:  # class names such as `1`, `yes` or `null` come out of YAML as something else
         value = [item if isinstance(item, (str, list, dict)) else str(item) for item in value]
     return tuple(_convert(item, args[0], limits) for item in value)
+
+
+def _convert_label_map(value: Any) -> dict[int, int] | None:
+    """{label value: class}, sorted, all within 0..255; an empty one is none."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"expected {{label value: class}} such as {{0: 0, 255: 1}}, found {_shown(value)}")
+    byte = {"minimum": 0, "maximum": 255}
+    classes: dict[int, int] = {}
+    for key, given in value.items():
+        entry = f"{_shown(key)}: {_shown(given)}"
+        if given is None:  # `{0:1}` is a key without a value to YAML
+            raise ConfigError(f"{entry}: no class is given (write a space after the colon, as in {{0: 0, 255: 1}})")
+        try:
+            number, index = _convert_number(key, int, byte), _convert_number(given, int, byte)
+        except ConfigError as error:
+            raise ConfigError(f"{entry}: {error}") from None
+        if number in classes:
+            raise ConfigError(f"{entry}: the label value {number} is named twice")
+        classes[number] = index
+    return dict(sorted(classes.items())) or None
 
 
 def _convert_number(value: Any, hint: type, limits: Mapping[str, Any]) -> Any:
@@ -381,7 +418,7 @@ def _convert_criterion(value: Any) -> Criterion:
             f"unknown criterion {_shown(name)}{_suggest(name, CRITERIA)}; there are {', '.join(CRITERIA)}"
         )
     if options.pop("ignore_index", 255) != 255:
-        raise ConfigError("ignore_index is 255 throughout; map other values in the labels")
+        raise ConfigError("ignore_index is 255 throughout; label_map maps other values to it")
     allowed = ("thresh", "min_kept") if name == "OHEM" else ()
     for key in options:
         if key not in allowed:

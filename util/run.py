@@ -60,7 +60,13 @@ class Run:
         """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
         cfg = self.cfg
         dataset = TrainDataset(
-            self.labeled, self.unlabeled, resolve_path(cfg.data_root), cfg.crop_size, cfg.seed, strong_views
+            self.labeled,
+            self.unlabeled,
+            resolve_path(cfg.data_root),
+            cfg.crop_size,
+            cfg.seed,
+            strong_views,
+            cfg.label_map,
         )
         sampler = EpochSampler(
             len(self.labeled),
@@ -82,6 +88,7 @@ class Run:
             self.device.type == "cuda",
             self.processes.rank,
             self.processes.count,
+            self.cfg.label_map,
         )
 
 
@@ -114,7 +121,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             check_pretrained(cfg)
         if cfg.check_data:
             for samples in (labeled, unlabeled or [], val):
-                check_samples(samples, resolve_path(cfg.data_root), cfg.nclass)
+                check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, label_map=cfg.label_map)
         if args.resume == "never" and (aside := set_aside(save_path)):
             notes.append(f"earlier results were moved to {aside}")
     first_step = checkpoint["iteration"] if checkpoint else 0
