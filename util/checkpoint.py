@@ -14,9 +14,9 @@ import torch
 from model import read_checkpoint
 from util.config import Config, differing_keys
 
-LATEST, BEST = "latest.pth", "best.pth"
+LATEST, BEST, LOG_FILE, CONFIG_FILE = "latest.pth", "best.pth", "train.log", "config.yaml"
 # What a run writes into its save path; `--resume never` moves these aside.
-RESULTS = (LATEST, BEST, "train.log", "config.yaml", "events.out.tfevents.*")
+RESULTS = (LATEST, BEST, LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
 CHOICES = (
     "- set them back, choose another --save-path, or start anew with --resume never (it keeps earlier results aside)"

@@ -24,7 +24,8 @@ from model import BACKBONES
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CRITERIA = ("CELoss", "OHEM")
-EVAL_MODES = ("original", "sliding_window", "center_crop")
+EvalMode = Literal["original", "sliding_window", "center_crop"]
+EVAL_MODES = typing.get_args(EvalMode)
 
 
 class ConfigError(ValueError):
@@ -73,7 +74,7 @@ class Config:
     unlabeled_id_path: str | None = _key(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it", None
     )
-    eval_mode: Literal["original", "sliding_window", "center_crop"] = _key("how a validation image is seen", "original")
+    eval_mode: EvalMode = _key("how a validation image is seen", "original")
     cutmix_partner: Literal["same_image", "other_image"] = _key(
         "what CutMix pastes: another view of the same image (as published) or of another image", "same_image"
     )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-LOG_FILE = "train.log"
+from util.checkpoint import LOG_FILE
 
 
 class RunLog:

@@ -18,12 +18,10 @@ from torch.utils.data import DataLoader
 from dataset.files import Sample, check_samples, find_unlabeled, list_digest, read_list
 from dataset.semi import EpochSampler, TrainDataset, default_workers, train_loader, val_loader
 from model import build_model, check_pretrained
-from util.checkpoint import find_checkpoint, set_aside
+from util.checkpoint import CONFIG_FILE, LOG_FILE, find_checkpoint, set_aside
 from util.config import Config, ConfigError, check_batch, load_config, resolve_path, to_dict
 from util.distributed import Processes, choose_device, find_processes, local_process_count, process_group
-from util.log import LOG_FILE, RunLog
-
-CONFIG_FILE = "config.yaml"
+from util.log import RunLog
 
 
 @dataclass(frozen=True)
