@@ -38,7 +38,7 @@ def fixmatch_step(
     `backward` gets each part of the loss as soon as it is complete. Returns 0-dim detached metrics.
     """
     (image_x, label_x), u, u_mix = batch
-    label_mix, conf_mix = predict_pseudo_label(model, u_mix.weak)
+    label_mix, conf_mix = predict_pseudo_label(model, u_mix)
     image_s = cutmix(u.strong1, u_mix.strong1, u.box1)
 
     model.train()

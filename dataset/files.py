@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import io
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dataset.errors import DataError
@@ -97,6 +100,18 @@ def read_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
+def read_pixels(path: str | Path) -> np.ndarray:
+    """What `read_image` decodes, as uint8 (H, W, 3): the same values, from JPEG files sooner. Raises DataError."""
+    with _faults_named(path, "image"), Image.open(path) as image:
+        _check_depth(path, image)
+        # PNG stays with Pillow: torchvision's decoder takes the whole process down at a damaged file.
+        decode = _jpeg_decoder() if image.format == "JPEG" and image.mode == "RGB" else None
+        if decode is not None:
+            with contextlib.suppress(RuntimeError):  # of a damaged file; Pillow tells what is wrong with it
+                return decode(np.fromfile(path, np.uint8))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def read_label(path: str | Path) -> Image.Image:
     """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file."""
     with _faults_named(path, "label"), Image.open(path) as label:
@@ -108,6 +123,33 @@ def read_label(path: str | Path) -> Image.Image:
 def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.Image:
     """A label (mode L) with its values replaced as `label_map` says; values that it does not name stay as they are."""
     return label.point([label_map.get(value, value) for value in range(256)]) if label_map else label
+
+
+@functools.cache
+def _jpeg_decoder() -> Callable[[np.ndarray], np.ndarray] | None:
+    """torchvision's JPEG decoder, from a file's bytes to (H, W, 3), if it gives Pillow's values here, else None.
+
+    Each carries a libjpeg of its own, which may differ; torchvision may come without one, and is to lose it.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+
+    def decode(data: np.ndarray) -> np.ndarray:
+        return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
+    for subsampling in (0, 1, 2):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=80, subsampling=subsampling)
+        try:
+            decoded = decode(np.frombuffer(file.getvalue(), np.uint8).copy())
+        except RuntimeError:
+            return None
+        if not np.array_equal(decoded, np.asarray(Image.open(file))):
+            return None
+    return decode
 
 
 @contextlib.contextmanager

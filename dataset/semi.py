@@ -17,10 +17,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dataset.files import IGNORE_INDEX, Sample, map_label, read_image, read_label
+from dataset.cache import ImageCache
+from dataset.files import IGNORE_INDEX, Sample, map_label, read_label, read_pixels
 from dataset.transform import (
+    Box,
+    Extent,
+    Photometry,
     apply_geometry,
     apply_photometry,
+    apply_photometry_tensor,
     box_mask,
     draw_cutmix_box,
     draw_geometry,
@@ -28,6 +33,7 @@ from dataset.transform import (
     normalize,
     padding_mask,
     to_tensor,
+    visible_extent,
 )
 
 # What a random stream is for: part of its seed, so that no two purposes share one.
@@ -35,18 +41,38 @@ ORDER_X, ORDER_U, VIEW_X, VIEW_U = range(4)
 
 
 class UnlabeledViews(NamedTuple):
-    """Views of unlabelled images: of one sample in the dataset, with a leading batch dimension B in a step.
+    """Views of a batch of B unlabelled images, as a step takes them.
 
-    weak, strong1, strong2: (B, 3, H, W); ignore_mask: (B, H, W), 255 on padding, else 0; box1, box2: (B, H, W), nonzero
-    inside the CutMix box of the strong view. The second strong view is None where the method has one only.
+    weak, strong1, strong2: normalised (B, 3, H, W); ignore_mask: (B, H, W), 255 on padding, else 0; box1, box2:
+    (B, H, W), nonzero inside the CutMix box of the strong view. strong2 and box2 are None where a method has one only.
+    The CutMix partners' boxes are None too. `used`: (U,) int64, which of the B samples `weak` holds; None: all of them.
     """
 
     weak: torch.Tensor
     strong1: torch.Tensor
     strong2: torch.Tensor | None
     ignore_mask: torch.Tensor
-    box1: torch.Tensor
+    box1: torch.Tensor | None
     box2: torch.Tensor | None
+    used: torch.Tensor | None = None
+
+
+class PackedViews(NamedTuple):
+    """What workers send of B unlabelled samples: 8-bit pixels (., S, S, 3), S = crop size, and numbers instead of maps.
+
+    weak: (B, ...). strong: for each of V strong views (B, ...), the partner's pixels inside its box; or none, where
+    `photometry` has the draws of each sample, of its view and of its partner's. partner: (U, ...), weak views of the
+    partners of the U samples that have a CutMix box, and used: (U,) int64, which these are. extent: (B, 2, 3) int64,
+    the numbers of Extent for view and partner; boxes: (B, V, 4) int64, those of Box, 0 without one.
+    """
+
+    weak: torch.Tensor
+    strong: tuple[torch.Tensor, ...]
+    partner: torch.Tensor
+    used: torch.Tensor
+    extent: torch.Tensor
+    boxes: torch.Tensor
+    photometry: tuple[Any, ...]
 
 
 class Key(NamedTuple):
@@ -113,11 +139,23 @@ class EpochSampler(Sampler[Key]):
         return padded[self.rank :: self.processes][: len(self)]
 
 
-class TrainDataset(Dataset):
-    """`(image, label)` of a labelled sample; with unlabelled images `((image, label), views, partner's views)`.
+class UnlabeledSample(NamedTuple):
+    """PackedViews of one sample, without the leading dimension; `partner` is None where no box needs it."""
 
-    8-bit tensors: images (3, S, S), label and ignore mask (S, S), S = crop_size. `strong_views` is 1 or 2. `label_map`
-    gives the class of values in the label files that are no class themselves.
+    weak: torch.Tensor
+    strong: tuple[torch.Tensor, ...]
+    partner: torch.Tensor | None
+    extent: tuple[Extent, Extent]
+    boxes: tuple[Box | None, ...]
+    photometry: tuple[tuple[Photometry | None, ...], ...]
+
+
+class TrainDataset(Dataset):
+    """`(image, label)` of a labelled sample; with unlabelled images `((image, label), UnlabeledSample)`.
+
+    8-bit tensors: images (S, S, 3), label (S, S), S = crop_size; `collate` and `to_device` make of them what a step
+    takes. `strong_views` is 1 or 2. `label_map` gives the class of values in the label files that are no class
+    themselves. `photometry` is "worker", or "device" where `to_device` is to make the strong views.
     """
 
     def __init__(
@@ -129,89 +167,132 @@ class TrainDataset(Dataset):
         seed: int,
         strong_views: int = 2,
         label_map: Mapping[int, int] | None = None,
+        cache: ImageCache | None = None,
+        photometry: str = "worker",
     ) -> None:
         self.labeled, self.unlabeled, self.data_root = labeled, unlabeled, Path(data_root)
-        self.label_map = label_map
+        self.label_map, self.cache, self.photometry = label_map, cache, photometry
         self.crop_size, self.seed, self.strong_views = crop_size, seed, strong_views
 
     def __getitem__(self, key: Key) -> Any:
         labeled = self._labeled(key)
-        if self.unlabeled is None:
-            return labeled
-        image = read_image(self.data_root / self.unlabeled[key.unlabeled].image)
-        # An image that is its own partner is decoded once.
-        own = key.partner == key.unlabeled
-        other = image if own else read_image(self.data_root / self.unlabeled[key.partner].image)
-        return labeled, self._views(image, key, view=0), self._views(other, key, view=1)
+        return labeled if self.unlabeled is None else (labeled, self._unlabeled(key))
 
     def _labeled(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.labeled[key.labeled % len(self.labeled)]
-        image = read_image(self.data_root / sample.image)
-        label = map_label(read_label(self.data_root / sample.label), self.label_map)
-        geometry = draw_geometry(*image.size, self.crop_size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
-        image = apply_geometry(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
-        label = apply_geometry(label, geometry, self.crop_size, IGNORE_INDEX, Image.Resampling.NEAREST)
-        return to_tensor(image), to_tensor(label)
+        image = load_image(self.data_root / sample.image, self.cache)
+        label = load_label(self.data_root / sample.label, self.label_map, self.cache)
+        height, width = image.shape[:2]
+        geometry = draw_geometry(width, height, self.crop_size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
+        crop = apply_geometry(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
+        label_crop = apply_geometry(label, geometry, self.crop_size, IGNORE_INDEX, Image.Resampling.NEAREST)
+        return _pixels(crop), _pixels(label_crop)
 
-    def _views(self, image: Image.Image, key: Key, view: int) -> UnlabeledViews:
-        rng = stream(self.seed, VIEW_U, key.epoch, key.unlabeled, view)
-        size = self.crop_size
-        geometry = draw_geometry(*image.size, size, rng)
+    def _unlabeled(self, key: Key) -> UnlabeledSample:
+        image = load_image(self.data_root / self.unlabeled[key.unlabeled].image, self.cache)
+        weak, extent, draws, boxes = self._view(image, key, view=0)
+        partner, extent_mix, draws_mix = None, extent, (None,) * len(draws)
+        if any(boxes):  # else nothing of the partner is used
+            if key.partner != key.unlabeled:  # an image that is its own partner is decoded once
+                image = load_image(self.data_root / self.unlabeled[key.partner].image, self.cache)
+            partner, extent_mix, draws_mix, _ = self._view(image, key, view=1)
+        strong, later = (), (draws, draws_mix)
+        if self.photometry == "worker":
+            views = zip(draws, draws_mix, boxes, strict=True)
+            strong, later = tuple(_pixels(_strong_view(weak, partner, *view)) for view in views), ()
+        mix = None if partner is None else _pixels(partner)
+        return UnlabeledSample(_pixels(weak), strong, mix, (extent, extent_mix), boxes, later)
+
+    def _view(
+        self, image: np.ndarray, key: Key, view: int
+    ) -> tuple[Image.Image, Extent, tuple[Photometry, ...], tuple[Box | None, ...]]:
+        """The weak view, and what is drawn for the strong views that start from it."""
+        rng, size = stream(self.seed, VIEW_U, key.epoch, key.unlabeled, view), self.crop_size
+        height, width = image.shape[:2]
+        geometry = draw_geometry(width, height, size, rng)
         weak = apply_geometry(image, geometry, size, 0, Image.Resampling.BILINEAR)
-        ignore_mask = padding_mask(*image.size, geometry, size)
-        strong = [
-            (to_tensor(apply_photometry(weak, draw_photometry(rng))), box_mask(draw_cutmix_box(size, rng), size))
-            for _ in range(self.strong_views)
-        ]
-        (strong1, box1), (strong2, box2) = (*strong, (None, None))[:2]
-        return UnlabeledViews(to_tensor(weak), strong1, strong2, ignore_mask, box1, box2)
+        draws = [(draw_photometry(rng), draw_cutmix_box(size, rng)) for _ in range(self.strong_views)]
+        return weak, visible_extent(width, height, geometry, size), *zip(*draws, strict=True)
+
+
+def _strong_view(
+    weak: Image.Image, partner: Image.Image | None, draw: Photometry, draw_mix: Photometry, box: Box | None
+) -> Image.Image:
+    """The strong view of `weak`, with the partner's inside the box."""
+    strong = apply_photometry(weak, draw)
+    if box is not None:
+        strong.paste(apply_photometry(partner, draw_mix, box), (box.x, box.y))
+    return strong
+
+
+def load_image(path: Path, cache: ImageCache | None) -> np.ndarray:
+    """uint8 (H, W, 3), decoded or from the cache. Raises DataError."""
+    return read_pixels(path) if cache is None else cache.image(path)
+
+
+def load_label(path: Path, label_map: Mapping[int, int] | None, cache: ImageCache | None) -> np.ndarray:
+    """uint8 (H, W) class indices, decoded or from the cache. Raises DataError."""
+    label = np.asarray(read_label(path)) if cache is None else cache.label(path)
+    return np.asarray(map_label(Image.fromarray(label), label_map)) if label_map else label
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
 
 
 class ValDataset(Dataset):
     """`(image, label)` at native size: 8-bit tensors (3, H, W) and (H, W). `label_map` as in TrainDataset."""
 
     def __init__(
-        self, samples: Sequence[Sample], data_root: str | Path, label_map: Mapping[int, int] | None = None
+        self,
+        samples: Sequence[Sample],
+        data_root: str | Path,
+        label_map: Mapping[int, int] | None = None,
+        cache: ImageCache | None = None,
     ) -> None:
-        self.samples, self.data_root, self.label_map = samples, Path(data_root), label_map
+        self.samples, self.data_root, self.label_map, self.cache = samples, Path(data_root), label_map, cache
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.samples[index]
-        image, label = read_image(self.data_root / sample.image), read_label(self.data_root / sample.label)
-        return to_tensor(image), to_tensor(map_label(label, self.label_map))
+        image = load_image(self.data_root / sample.image, self.cache)
+        label = load_label(self.data_root / sample.label, self.label_map, self.cache)
+        return to_tensor(image), to_tensor(label)
 
 
-def train_loader(dataset: TrainDataset, sampler: EpochSampler, workers: int | None, pin_memory: bool) -> DataLoader:
+class LoaderOptions(NamedTuple):
+    """How a DataLoader works: processes, batches that each has ready, whether they outlive an epoch, pinned memory."""
+
+    workers: int = 0
+    prefetch: int = 2
+    persistent: bool = True
+    pin_memory: bool = False
+
+    def build(self, dataset: Dataset, **arguments: Any) -> DataLoader:
+        """A DataLoader of `dataset` that works so."""
+        if self.workers:  # torch refuses these for a loader that works in the training process
+            arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent}
+        return DataLoader(dataset, num_workers=self.workers, pin_memory=self.pin_memory, **arguments)
+
+
+def train_loader(dataset: TrainDataset, sampler: EpochSampler, options: LoaderOptions) -> DataLoader:
     """Batches of `dataset` in the sampler's order; set the epoch on `loader.sampler`."""
-    workers = default_workers(sampler.processes) if workers is None else workers
-    return DataLoader(
-        dataset,
-        sampler.batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=collate,
-        persistent_workers=workers > 0,
-        drop_last=True,
-    )
+    return options.build(dataset, batch_size=sampler.batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
 
 
 def val_loader(
     samples: Sequence[Sample],
     data_root: str | Path,
-    workers: int | None,
-    pin_memory: bool,
+    options: LoaderOptions,
     rank: int = 0,
     processes: int = 1,
     label_map: Mapping[int, int] | None = None,
+    cache: ImageCache | None = None,
 ) -> DataLoader:
     """One validation image at a time; each image goes to exactly one process, so shares may differ by one image."""
-    workers = default_workers(processes) if workers is None else workers
-    dataset = ValDataset(samples[rank::processes], data_root, label_map)
-    return DataLoader(dataset, batch_size=1, num_workers=workers, pin_memory=pin_memory)
+    return options.build(ValDataset(samples[rank::processes], data_root, label_map, cache), batch_size=1)
 
 
 def default_workers(processes: int) -> int:
@@ -221,25 +302,67 @@ def default_workers(processes: int) -> int:
 
 
 def collate(samples: Sequence[Any]) -> Any:
-    """Stack samples, leaving out the strong view that a method does not use."""
-    if not isinstance(samples[0][1], UnlabeledViews):
+    """A batch of samples: stacked tensors and, of unlabelled samples, PackedViews."""
+    if isinstance(samples[0][1], torch.Tensor):
         return default_collate(samples)
-    labeled, *views = zip(*samples, strict=True)
-    return default_collate(labeled), *(
-        UnlabeledViews(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*view, strict=True)))
-        for view in views
+    labeled, unlabeled = zip(*samples, strict=True)
+    partners = [(index, sample.partner) for index, sample in enumerate(unlabeled) if sample.partner is not None]
+    weak = default_collate([sample.weak for sample in unlabeled])
+    return default_collate(labeled), PackedViews(
+        weak,
+        tuple(default_collate(views) for views in zip(*(sample.strong for sample in unlabeled), strict=True)),
+        default_collate([partner for _, partner in partners]) if partners else weak[:0],
+        torch.tensor([index for index, _ in partners], dtype=torch.int64),
+        torch.tensor([sample.extent for sample in unlabeled]),
+        torch.tensor([[box or (0, 0, 0, 0) for box in sample.boxes] for sample in unlabeled]),
+        tuple(sample.photometry for sample in unlabeled),
     )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A collated batch as a step takes it: images normalised floats, labels int64, on `device`. Copies do not block."""
-    if len(batch) == 3:
-        labeled, *views = batch
-        return to_device(labeled, device), *(_views_to_device(view, device) for view in views)
-    image, label = batch
-    return normalize(image.to(device, non_blocking=True)), label.to(device, non_blocking=True).long()
+    first, second = batch
+    if isinstance(second, PackedViews):
+        return to_device(first, device), *_unpack(second, device)
+    return _images(first.to(device, non_blocking=True)), second.to(device, non_blocking=True).long()
 
 
-def _views_to_device(views: UnlabeledViews, device: torch.device) -> UnlabeledViews:
-    moved = [None if part is None else part.to(device, non_blocking=True) for part in views]
-    return UnlabeledViews(*(part if part is None or part.ndim < 4 else normalize(part) for part in moved))
+def _unpack(packed: PackedViews, device: torch.device) -> tuple[UnlabeledViews, UnlabeledViews]:
+    """The views and those of their CutMix partners, whose strong views are the same: they have been pasted already."""
+    moved = packed._replace(
+        strong=tuple(view.to(device, non_blocking=True) for view in packed.strong),
+        **{
+            name: getattr(packed, name).to(device, non_blocking=True)
+            for name in ("weak", "partner", "used", "extent", "boxes")
+        },
+    )
+    size = packed.weak.shape[1]
+    boxes = [box_mask(box, size) for box in moved.boxes.unbind(1)]
+    strong = [_images(view) for view in moved.strong or _strong_views(moved, boxes)]
+    strong, boxes = (*strong, None)[:2], (*boxes, None)[:2]
+    ignore_mask, ignore_mask_mix = (padding_mask(extent, size) for extent in moved.extent.unbind(1))
+    return (
+        UnlabeledViews(_images(moved.weak), *strong, ignore_mask, *boxes),
+        UnlabeledViews(_images(moved.partner), *strong, ignore_mask_mix, None, None, moved.used),
+    )
+
+
+def _strong_views(packed: PackedViews, boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The strong views, with the partner's inside the boxes, made where the weak ones are."""
+    own, partner = packed.weak.permute(0, 3, 1, 2), packed.partner.permute(0, 3, 1, 2)
+    used = [index for index, (_, mix) in enumerate(packed.photometry) if mix[0] is not None]
+    views = []
+    for view, box in enumerate(boxes):
+        strong = torch.stack(
+            [apply_photometry_tensor(x, draws[0][view]) for x, draws in zip(own, packed.photometry, strict=True)]
+        )
+        for x, index in zip(partner, used, strict=True):
+            mix = apply_photometry_tensor(x, packed.photometry[index][1][view])
+            strong[index] = torch.where(box[index], mix, strong[index])
+        views.append(strong.permute(0, 2, 3, 1))
+    return views
+
+
+def _images(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised (B, 3, H, W) of 8-bit (B, H, W, 3)."""
+    return normalize(pixels.permute(0, 3, 1, 2).contiguous())

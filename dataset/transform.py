@@ -7,17 +7,18 @@ generator's seed alone: not of workers, of processes, or of what ran before.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as F
 
 from dataset.files import IGNORE_INDEX
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SMALL = 2**16  # pixels of a picture that is resized whole, since cutting it up would save nothing
 
 
 class Geometry(NamedTuple):
@@ -26,6 +27,14 @@ class Geometry(NamedTuple):
     long_side: int
     x: int
     y: int
+    flip: bool
+
+
+class Extent(NamedTuple):
+    """Pixels of a crop that show the image, from the left edge, or the right one if `flip`, and from the top."""
+
+    width: int
+    height: int
     flip: bool
 
 
@@ -65,26 +74,115 @@ def draw_geometry(width: int, height: int, size: int, rng: np.random.Generator) 
 
 
 def apply_geometry(
-    image: Image.Image, geometry: Geometry, size: int, fill: int, resample: Image.Resampling
+    image: Image.Image | np.ndarray, geometry: Geometry, size: int, fill: int, resample: Image.Resampling
 ) -> Image.Image:
-    """Resize, pad right and bottom with `fill`, crop `size` x `size` pixels, flip. Pillow image in, same mode out.
+    """Resize, pad right and bottom with `fill`, crop `size` x `size` pixels, flip; only the crop is ever resized.
 
-    Images take `Image.BILINEAR` (Pillow's, antialiased) and 0; labels `Image.NEAREST` and 255.
+    `image` is a Pillow image of mode RGB or L, or its pixels, uint8 (H, W, 3) or (H, W). Images take `Image.BILINEAR`
+    (Pillow's, antialiased) and 0; labels `Image.NEAREST` and 255. Labels are exactly what resizing the whole picture
+    gives, and so are small images; else two pixels in a thousand are a level off: Pillow places the window in float32.
     """
-    image = image.resize(resized_size(*image.size, geometry.long_side), resample)
-    pad = (0, 0, max(size - image.width, 0), max(size - image.height, 0))
-    if any(pad):
-        image = ImageOps.expand(image, pad, fill=fill)
-    image = image.crop((geometry.x, geometry.y, geometry.x + size, geometry.y + size))
-    return ImageOps.mirror(image) if geometry.flip else image
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    new_size = resized_size(width, height, geometry.long_side)
+    window = (
+        slice(geometry.y, min(geometry.y + size, new_size[1])),
+        slice(geometry.x, min(geometry.x + size, new_size[0])),
+    )
+    resize = _resize_nearest if resample == Image.Resampling.NEAREST else _resize_bilinear
+    crop = resize(pixels, new_size, window)
+    if crop.size != (size, size):
+        canvas = Image.new(crop.mode, (size, size), (fill,) * len(crop.getbands()))
+        canvas.paste(crop)
+        crop = canvas
+    return ImageOps.mirror(crop) if geometry.flip else crop
 
 
-def padding_mask(width: int, height: int, geometry: Geometry, size: int) -> torch.Tensor:
-    """uint8 (size, size): 0 where a crop of a `width` x `height` image shows the image, 255 on its padding."""
+def _resize_nearest(pixels: np.ndarray, new_size: tuple[int, int], window: tuple[slice, slice]) -> Image.Image:
+    """The (rows, columns) `window` of `pixels` resized to `new_size`; no other pixel is read."""
+    rows, columns = (
+        _nearest_index(old, new)[part]
+        for old, new, part in zip(pixels.shape[:2], reversed(new_size), window, strict=True)
+    )
+    return Image.fromarray(pixels[rows][:, columns])  # ten times as fast as one index for both
+
+
+def _nearest_index(old: int, new: int) -> np.ndarray:
+    """Which of `old` pixels Pillow takes for each of `new`: it is asked, as its rounding is its own."""
+    ramp = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+    return np.asarray(ramp.resize((new, 1), Image.Resampling.NEAREST))[0]
+
+
+def _resize_bilinear(pixels: np.ndarray, new_size: tuple[int, int], window: tuple[slice, slice]) -> Image.Image:
+    """The (rows, columns) `window` of `pixels` resized to `new_size`, from the pixels that it depends on."""
+    (height, width), (new_width, new_height) = pixels.shape[:2], new_size
+    rows, columns = window
+    # Newer versions of Pillow shrink some tall pictures first in height, then in width. The intermediate result is
+    # rounded, so the order shows: it is width first here, and those pictures are resized whole.
+    other_order = height - new_height > 2 * max(width - new_width, 0)
+    if other_order or new_width * new_height <= SMALL:
+        whole = Image.fromarray(pixels).resize(new_size, Image.Resampling.BILINEAR)
+        return whole.crop((columns.start, rows.start, columns.stop, rows.stop))
+    span_x, span_y = _source_span(columns, width, new_width), _source_span(rows, height, new_height)
+    source = Image.fromarray(np.ascontiguousarray(pixels[span_y.first : span_y.last, span_x.first : span_x.last]))
+    size, box = (span_x.size, source.height), (span_x.begin, 0, span_x.end, source.height)
+    source = source.resize(size, Image.Resampling.BILINEAR, box)
+    size, box = (span_x.size, span_y.size), (0, span_y.begin, span_x.size, span_y.end)
+    source = source.resize(size, Image.Resampling.BILINEAR, box)
+    left, top = columns.start - span_x.start, rows.start - span_y.start
+    return source.crop((left, top, left + columns.stop - columns.start, top + rows.stop - rows.start))
+
+
+class _Span(NamedTuple):
+    """Along one axis: the source's pixels from `first` to before `last`, of which those from `begin` to `end`, counted
+    from `first`, become `size` pixels of the resized picture, from its pixel `start` on."""
+
+    first: int
+    last: int
+    begin: float
+    end: float
+    start: int
+    size: int
+
+
+def _source_span(window: slice, old: int, new: int) -> _Span:
+    """What is to be resized of `old` pixels that would become `new`, so that the result holds `window`.
+
+    It holds a few pixels more: Pillow takes `begin` and `end` in float32, and ones that float32 hits well are near. Two
+    thirds of the pixels that would differ from those of resizing the whole do not then.
+    """
+    scale = old / new
+    reach = max(scale, 1.0) + 1  # half the filter's width, and one for rounding
+    starts = np.arange(max(window.start - 8, 0), window.start + 1)
+    firsts = np.maximum((starts * scale - reach).astype(int), 0)
+    begins = starts * old / new - firsts
+    best = _nearest_to_float32(begins)
+    start, first, begin = int(starts[best]), int(firsts[best]), float(begins[best])
+    stops = np.arange(window.stop, min(window.stop + 16, new) + 1)
+    ends = stops * old / new - first
+    best = _nearest_to_float32(ends)
+    stop, end = int(stops[best]), float(ends[best])
+    last = min(int(stop * scale + reach) + 1, old)
+    return _Span(first, last, begin, min(end, last - first), start, stop - start)
+
+
+def _nearest_to_float32(values: np.ndarray) -> int:
+    return int(np.abs(values - values.astype(np.float32)).argmin())
+
+
+def visible_extent(width: int, height: int, geometry: Geometry, size: int) -> Extent:
+    """What a crop of a `width` x `height` image shows of it; the rest is padding."""
     new_width, new_height = resized_size(width, height, geometry.long_side)
-    mask = torch.full((size, size), IGNORE_INDEX, dtype=torch.uint8)
-    mask[: min(new_height, size), : min(new_width, size)] = 0
-    return mask.flip(1) if geometry.flip else mask
+    return Extent(min(new_width, size), min(new_height, size), geometry.flip)
+
+
+def padding_mask(extents: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (B, size, size): 0 where a crop shows the image, 255 on padding. `extents` (B, 3): Extent's numbers."""
+    width, height, flip = extents.unsqueeze(-1).unbind(1)
+    row = torch.arange(size, device=extents.device)
+    column = torch.where(flip.bool(), size - 1 - row, row)
+    outside = (row >= height).unsqueeze(2) | (column >= width).unsqueeze(1)
+    return outside.to(torch.uint8) * IGNORE_INDEX
 
 
 def draw_photometry(rng: np.random.Generator) -> Photometry:
@@ -100,14 +198,45 @@ def draw_photometry(rng: np.random.Generator) -> Photometry:
     return Photometry(jitter, grey, blur_radius)
 
 
-def apply_photometry(image: Image.Image, photometry: Photometry) -> Image.Image:
-    """The strong view of an 8-bit RGB Pillow image; the operations are torchvision's and Pillow's on 8-bit values."""
-    for name, factor in photometry.jitter:
-        image = getattr(F, f"adjust_{name}")(image, factor)
+def apply_photometry(image: Image.Image, photometry: Photometry, box: Box | None = None) -> Image.Image:
+    """The strong view of an 8-bit RGB Pillow image; the operations are torchvision's and Pillow's on 8-bit values.
+
+    With `box`, the part of it inside the box, which costs less: all that is needed of a CutMix partner.
+    """
+    box = box or Box(0, 0, *image.size)
+    # Contrast depends on the mean of the whole picture, and so does what comes before it; the rest is local.
+    names = [name for name, _ in photometry.jitter]
+    whole = names.index("contrast") + 1 if "contrast" in names else 0
+    image = _adjust(image, photometry.jitter[:whole])
+    # A blur mixes in what lies around the box: it is three box blurs, none reaching further than the radius and one.
+    reach = 0 if photometry.blur_radius is None else 3 * (int(photometry.blur_radius) + 1)
+    left, top = max(box.x - reach, 0), max(box.y - reach, 0)
+    right, bottom = min(box.x + box.width + reach, image.width), min(box.y + box.height + reach, image.height)
+    image = _adjust(image.crop((left, top, right, bottom)), photometry.jitter[whole:])
     if photometry.grey:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if photometry.blur_radius is not None:
         image = image.filter(ImageFilter.GaussianBlur(photometry.blur_radius))
+    x, y = box.x - left, box.y - top
+    return image.crop((x, y, x + box.width, y + box.height))
+
+
+def _adjust(image: Any, jitter: tuple[tuple[str, float], ...]) -> Any:
+    for name, factor in jitter:
+        image = getattr(F, f"adjust_{name}")(image, factor)
+    return image
+
+
+def apply_photometry_tensor(image: torch.Tensor, photometry: Photometry) -> torch.Tensor:
+    """The strong view of an 8-bit tensor (3, H, W), on its device: nearly that of `apply_photometry`.
+
+    torchvision rounds less between the operations, and blurs with a Gaussian where Pillow has three box blurs.
+    """
+    image = _adjust(image, photometry.jitter)
+    if photometry.grey:
+        image = F.rgb_to_grayscale(image, num_output_channels=3)
+    if photometry.blur_radius is not None:
+        image = F.gaussian_blur(image, 2 * math.ceil(3 * photometry.blur_radius) + 1, photometry.blur_radius)
     return image
 
 
@@ -124,12 +253,12 @@ def draw_cutmix_box(size: int, rng: np.random.Generator) -> Box | None:
             return Box(x, y, width, height)
 
 
-def box_mask(box: Box | None, size: int) -> torch.Tensor:
-    """bool (size, size): True inside the box."""
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    if box is not None:
-        mask[box.y : box.y + box.height, box.x : box.x + box.width] = True
-    return mask
+def box_mask(boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """bool (B, size, size): True inside the boxes, (B, 4) with Box's numbers; nowhere for one without extent."""
+    x, y, width, height = boxes.unsqueeze(-1).unbind(1)
+    position = torch.arange(size, device=boxes.device)
+    rows, columns = (position >= y) & (position < y + height), (position >= x) & (position < x + width)
+    return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:

@@ -18,6 +18,7 @@ from util.config import EVAL_MODES, load_config, resolve_path
 from util.distributed import choose_device, find_processes, process_group
 from util.evaluate import evaluate
 from util.metrics import iou_table
+from util.run import loader_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loader = val_loader(
             samples,
             data_root,
-            cfg.workers,
-            device.type == "cuda",
+            loader_options(cfg, device),
             processes.rank,
             processes.count,
             cfg.label_map,

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from dataset.files import read_list
-from dataset.semi import UnlabeledViews, val_loader
+from dataset.semi import LoaderOptions, UnlabeledViews, val_loader
 from fixmatch import fixmatch_step
 from model.backbone.resnet import BasicBlock, ResNet
 from model.semseg.deeplabv3plus import DeepLabV3Plus
@@ -277,7 +277,7 @@ def test_a_model_on_one_process_is_not_wrapped():
 def _evaluate(rank: int, count: int, list_path: Path) -> dict[str, Any]:
     model = _model(nclass=3)
     nn.init.normal_(model.classifier.weight)  # spreads the predictions over the classes
-    loader = val_loader(read_list(list_path), list_path.parent, 0, False, rank, count)
+    loader = val_loader(read_list(list_path), list_path.parent, LoaderOptions(), rank, count)
     result = evaluate(model.eval(), loader, "original", 32, 3, CPU)
     return {"miou": result.miou, "iou": result.iou, "confusion": result.confusion, "images": len(loader)}
 

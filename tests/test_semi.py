@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dataset.semi import UnlabeledViews
 from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
 
 THRESHOLDS = [0.0, 0.5, 0.95, 1.0]
@@ -131,12 +132,33 @@ def test_predicting_pseudo_labels_uses_eval_mode_without_gradients_or_a_change_o
     graph = []
     model.register_forward_hook(lambda module, args, output: graph.append((module.training, output.requires_grad)))
     statistics = model[1].running_mean.clone()
-    label, conf = predict_pseudo_label(model, image)
+    label, conf = predict_pseudo_label(model, _views(image))
     assert graph == [(False, False)] and not conf.requires_grad
     assert not model.training and not model[1].training
     assert torch.equal(model[1].running_mean, statistics) and model[1].num_batches_tracked == 0
     expected = model(image).softmax(dim=1).max(dim=1)
     assert torch.equal(label, expected.indices) and torch.equal(conf, expected.values)
+
+
+@pytest.mark.parametrize("used", [[0, 1, 2], [2], [0, 2], []])
+def test_pseudo_labels_of_the_samples_in_use_are_those_of_the_whole_batch(used):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).double().eval()
+    image, unused = torch.randn(3, 3, 5, 6).double(), [index for index in range(3) if index not in used]
+    everything = predict_pseudo_label(model, _views(image))
+    found = predict_pseudo_label(
+        model, _views(image)._replace(weak=image[used], used=torch.tensor(used, dtype=torch.int64))
+    )
+    for whole, part in zip(everything, found, strict=True):
+        assert part.dtype == whole.dtype and part.shape == whole.shape
+        # Up to the order in which a convolution sums, which depends on the size of the batch.
+        torch.testing.assert_close(part[used], whole[used], rtol=1e-12, atol=0)
+        assert not part[unused].any()
+
+
+def _views(image: torch.Tensor) -> UnlabeledViews:
+    """CutMix partners of which only the weak view matters."""
+    return UnlabeledViews(image, image, None, torch.zeros_like(image[:, 0], dtype=torch.uint8), None, None)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

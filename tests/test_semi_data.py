@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dataset.semi
 from dataset.files import Sample
 from dataset.semi import (
     EpochSampler,
     Key,
+    LoaderOptions,
     TrainDataset,
-    UnlabeledViews,
     collate,
     default_workers,
     stream,
@@ -25,8 +26,10 @@ from dataset.semi import (
     train_loader,
     val_loader,
 )
-from dataset.transform import normalize, to_tensor
+from dataset.straightforward import StraightforwardDataset, collate_straightforward
+from dataset.transform import IMAGENET_STD, normalize, to_tensor
 from tests.reference import formulas
+from util.semi import cutmix
 
 SIZE = 24
 LABELED, UNLABELED = 3, 7
@@ -58,16 +61,14 @@ def _labeled() -> list[Sample]:
     return [Sample(f"{i}.png", f"{i}_label.png") for i in range(LABELED)]
 
 
-def _dataset(root: Path, strong_views: int = 2, seed: int = 0) -> TrainDataset:
+def _dataset(root: Path, strong_views: int = 2, seed: int = 0, **options) -> TrainDataset:
     unlabeled = [Sample(f"{i}.png", f"{i}_no_such_label.png") for i in range(LABELED, LABELED + UNLABELED)]
-    return TrainDataset(_labeled(), unlabeled, root, SIZE, seed, strong_views)
+    return TrainDataset(_labeled(), unlabeled, root, SIZE, seed, strong_views, **options)
 
 
 def _tensors(sample) -> list[torch.Tensor]:
     """The tensors of a sample or batch, in order, whatever holds them."""
-    if isinstance(sample, torch.Tensor):
-        return [sample]
-    return [tensor for part in sample if part is not None for tensor in _tensors(part)]
+    return [leaf for leaf in tree_leaves(sample) if isinstance(leaf, torch.Tensor)]
 
 
 def _equal(a, b) -> bool:
@@ -180,15 +181,50 @@ def test_streams_of_different_purposes_differ():
 
 
 def test_a_sample_has_the_promised_shapes_and_types(root):
-    (image, label), views, partner = _dataset(root)[Key(0, 0, 0, 0)]
-    assert image.shape == (3, SIZE, SIZE) and label.shape == (SIZE, SIZE)
-    for part in (views, partner):
-        assert isinstance(part, UnlabeledViews)
-        assert part.weak.shape == part.strong1.shape == part.strong2.shape == (3, SIZE, SIZE)
-        assert part.ignore_mask.shape == part.box1.shape == part.box2.shape == (SIZE, SIZE)
-        assert part.box1.dtype == part.box2.dtype == torch.bool
-        assert set(part.ignore_mask.unique().tolist()) <= {0, 255}
-    assert {t.dtype for t in (image, label, *views[:4], *partner[:4])} == {torch.uint8}
+    data = _dataset(root)
+    partners = set()
+    for epoch in range(8):
+        (image, label), sample = data[Key(epoch, 0, 0, 0)]
+        assert image.shape == (SIZE, SIZE, 3) and label.shape == (SIZE, SIZE)
+        assert sample.weak.shape == (SIZE, SIZE, 3) and len(sample.strong) == len(sample.boxes) == 2
+        assert (sample.partner is not None) == any(sample.boxes)
+        partners.add(sample.partner is not None)
+        assert {tensor.dtype for tensor in _tensors((image, label, sample.weak, sample.strong))} == {torch.uint8}
+    assert partners == {True, False}
+
+
+@pytest.mark.parametrize("strong_views", [1, 2])
+@pytest.mark.parametrize("partner", ["same_image", "other_image"])
+def test_a_step_sees_what_the_straightforward_way_gives_it(root, strong_views, partner):
+    """To the last bit, at 20 batches: CutMix is applied to both, as the step does, since only its result is used."""
+    fast = _dataset(root, strong_views)
+    slow = StraightforwardDataset(fast.labeled, fast.unlabeled, root, SIZE, fast.seed)
+    sampler = EpochSampler(LABELED, UNLABELED, 3, 0, partner=partner)
+    boxes = 0
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        for start in range(0, len(keys), 3):
+            batch = keys[start : start + 3]
+            labeled, u, u_mix = to_device(collate([fast[key] for key in batch]), torch.device("cpu"))
+            slow_labeled, slow_u, slow_mix = collate_straightforward([slow[key] for key in batch])
+            assert _equal(labeled, slow_labeled) and torch.equal(u.weak, slow_u.weak)
+            assert torch.equal(u.ignore_mask.long(), slow_u.ignore_mask)
+            boxed = torch.zeros(3, dtype=torch.bool)
+            for view in ("1", "2")[:strong_views]:
+                box = getattr(slow_u, f"box{view}")
+                assert torch.equal(getattr(u, f"box{view}").long(), box)
+                boxed |= box.flatten(1).any(1)
+                mixed, slow_mixed = (
+                    cutmix(getattr(own, f"strong{view}"), getattr(mix, f"strong{view}"), box)
+                    for own, mix in ((u, u_mix), (slow_u, slow_mix))
+                )
+                assert torch.equal(mixed, slow_mixed)
+            assert torch.equal(u_mix.used, boxed.nonzero()[:, 0])
+            assert torch.equal(u_mix.weak, slow_mix.weak[boxed])
+            assert torch.equal(u_mix.ignore_mask[boxed].long(), slow_mix.ignore_mask[boxed])
+            boxes += int(boxed.sum())
+    assert 10 < boxes < 60
 
 
 def test_a_sample_is_a_function_of_its_key_alone(root):
@@ -203,13 +239,12 @@ def test_a_sample_is_a_function_of_its_key_alone(root):
 
 
 def test_epoch_seed_and_view_give_other_draws(root):
-    key = Key(0, 0, 0, 0)
-    _, views, partner = sample = _dataset(root)[key]
-    for other in (_dataset(root)[key._replace(epoch=1)], _dataset(root, seed=1)[key]):
-        for x, y in zip(sample, other, strict=True):
-            assert not _equal(x[:1], y[:1])
-    assert not _equal(views[:1], partner[:1])  # the same image, seen twice
-    assert not _equal(views[1:2], views[2:3])  # two strong views
+    key = next(Key(0, 0, i, i) for i in range(UNLABELED) if any(_dataset(root)[Key(0, 0, i, i)][1].boxes))
+    labeled, views = _dataset(root)[key]
+    for other_labeled, other in (_dataset(root)[key._replace(epoch=1)], _dataset(root, seed=1)[key]):
+        assert not _equal(labeled, other_labeled) and not torch.equal(views.weak, other.weak)
+    assert not torch.equal(views.weak, views.partner)  # the same image, seen twice
+    assert not torch.equal(*views.strong)
 
 
 def test_repetitions_of_a_labelled_image_are_drawn_anew(root):
@@ -227,51 +262,82 @@ def test_labels_follow_their_images(root):
     for index in range(30):
         image, label = data[Key(0, index)]
         valid = label != 255
-        same = (image[0].int() - label.int()).abs()[valid] <= 2
-        assert same.float().mean() > 0.6 and (image[:, ~valid] == 0).all()
+        same = (image[..., 0].int() - label.int()).abs()[valid] <= 2
+        assert same.float().mean() > 0.6 and (image[~valid] == 0).all()
 
 
 def test_fixmatchs_only_strong_view_is_unimatchs_first(root):
     two, one = _dataset(root, strong_views=2), _dataset(root, strong_views=1)
     for index in range(5):
         key = Key(2, index, index, (index + 1) % UNLABELED)
-        (labeled2, *views2), (labeled1, *views1) = two[key], one[key]
-        assert _equal(labeled1, labeled2)
-        for with_two, with_one in zip(views2, views1, strict=True):
-            assert with_one.strong2 is None and with_one.box2 is None
-            assert _equal(with_one, with_two._replace(strong2=None, box2=None))
+        (labeled2, views2), (labeled1, views1) = two[key], one[key]
+        assert _equal(labeled1, labeled2) and torch.equal(views1.weak, views2.weak)
+        assert torch.equal(*views1.strong, views2.strong[0]) and views1.boxes == views2.boxes[:1]
 
 
-def test_strong_views_and_masks_belong_to_the_weak_view(root):
-    """The ignore mask is the weak view's padding; in 40 views some strong view is the weak one, unchanged."""
+def test_strong_views_are_now_and_then_the_weak_view_unchanged(root):
     data = _dataset(root)
     unchanged = 0
-    for epoch in range(40):
-        for views in data[Key(epoch, 0, epoch % UNLABELED, 0)][1:]:
-            assert (views.weak[:, views.ignore_mask == 255] == 0).all()
-            unchanged += torch.equal(views.weak, views.strong1) + torch.equal(views.weak, views.strong2)
-    assert 0 < unchanged < 60  # 0.2 * 0.8 * 0.5 of 160 are 13
+    for epoch in range(80):
+        _, views = data[Key(epoch, 0, epoch % UNLABELED, 0)]
+        unchanged += sum(torch.equal(views.weak, strong) for strong in views.strong)
+    assert 0 < unchanged < 30  # 0.2 * 0.8 * 0.5 * 0.5 (no box) of 160 are 6
+
+
+@pytest.mark.parametrize("strong_views", [1, 2])
+def test_photometry_on_the_device_differs_from_the_workers_by_some_levels(tmp_path, strong_views):
+    size, rng = 96, np.random.default_rng(0)
+    waves = np.sin(np.linspace(0, 6, 160)[None, :, None] + np.linspace(0, 4, 140)[:, None, None] * [1, -1, 0.5])
+    Image.fromarray((128 + 90 * waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8)).save(
+        tmp_path / "waves.png"
+    )
+    arguments = [Sample("waves.png", "waves.png")], [Sample("waves.png", None)], tmp_path, size, 0, strong_views
+    worker, device = TrainDataset(*arguments), TrainDataset(*arguments, photometry="device")
+    worker._labeled = device._labeled = lambda key: (torch.zeros(size, size, 3), torch.zeros(size, size))
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    levels, changes = [], []
+    for epoch in range(20):
+        expected, found = (
+            to_device(collate([data[Key(epoch, 0, 0, 0)]]), torch.device("cpu")) for data in (worker, device)
+        )
+        assert torch.equal(found[1].weak, expected[1].weak) and _equal(found[1][3:], expected[1][3:])
+        for view in range(1, 1 + strong_views):
+            levels.append(255 * std * (found[1][view] - expected[1][view]).abs())
+            changes.append(255 * std * (expected[1].weak - expected[1][view]).abs())
+    levels, changes = torch.stack(levels), torch.stack(changes)
+    print(
+        "LEVELS",
+        levels.mean(),
+        levels.flatten().kthvalue(int(0.99 * levels.numel())).values,
+        levels.max(),
+        changes.mean(),
+    )
+    assert levels.mean() < 1.5
+    assert changes.mean() > 20  # what is compared is far from the weak view
 
 
 def test_an_image_that_is_its_own_partner_is_decoded_once(root, monkeypatch):
     opened = []
-    read_image = dataset.semi.read_image
-    monkeypatch.setattr(dataset.semi, "read_image", lambda path: opened.append(path.name) or read_image(path))
-    _dataset(root)[Key(0, 1, 2, 2)]
-    assert opened == ["1.png", f"{LABELED + 2}.png"]
-    opened.clear()
-    _dataset(root)[Key(0, 1, 2, 4)]
-    assert opened == ["1.png", f"{LABELED + 2}.png", f"{LABELED + 4}.png"]
+    read_pixels = dataset.semi.read_pixels
+    monkeypatch.setattr(dataset.semi, "read_pixels", lambda path: opened.append(path.name) or read_pixels(path))
+    for epoch in range(8):
+        own, other = f"{LABELED + 2}.png", f"{LABELED + 4}.png"
+        opened.clear()
+        _dataset(root)[Key(epoch, 1, 2, 2)]
+        assert opened == ["1.png", own]
+        opened.clear()
+        _, views = _dataset(root)[Key(epoch, 1, 2, 4)]
+        assert opened == ["1.png", own] + [other] * any(views.boxes)
 
 
 def test_other_image_works_with_one_image_per_process(root):
     sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner="other_image")
-    batches = list(train_loader(_dataset(root), sampler, workers=0, pin_memory=False))
+    batches = list(train_loader(_dataset(root), sampler, LoaderOptions()))
     assert len(batches) == UNLABELED
     # A partner's view is drawn for the sample that it is pasted into, from the other image.
-    key = next(iter(sampler))
-    same = _dataset(root)[key._replace(partner=key.unlabeled)]
-    assert _equal(batches[0][1].weak[0], same[1].weak) and not _equal(batches[0][2].weak[0], same[2].weak)
+    key, (_, views) = next((key, batch) for key, batch in zip(sampler, batches, strict=True) if len(batch[1].used))
+    _, same = _dataset(root)[key._replace(partner=key.unlabeled)]
+    assert torch.equal(views.weak[0], same.weak) and not torch.equal(views.partner[0], same.partner)
 
 
 def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
@@ -280,7 +346,7 @@ def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
     monkeypatch.setattr(dataset.semi, "read_label", lambda path: opened.add(path.name) or read_label(path))
     for partner in ("same_image", "other_image"):
         sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner=partner)
-        assert len(list(train_loader(_dataset(root), sampler, workers=0, pin_memory=False))) == UNLABELED
+        assert len(list(train_loader(_dataset(root), sampler, LoaderOptions()))) == UNLABELED
     assert opened == {sample.label for sample in _labeled()}
 
 
@@ -291,7 +357,7 @@ def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
 def test_batches_are_bit_identical_whatever_the_number_of_workers(root, strong_views):
     def batches(workers: int) -> list:
         sampler = EpochSampler(LABELED, UNLABELED, 2, 0)
-        loader = train_loader(_dataset(root, strong_views), sampler, workers, pin_memory=False)
+        loader = train_loader(_dataset(root, strong_views), sampler, LoaderOptions(workers))
         assert len(loader) == UNLABELED // 2
         seen = []
         for epoch in range(2):  # workers persist from one epoch to the next
@@ -305,50 +371,55 @@ def test_batches_are_bit_identical_whatever_the_number_of_workers(root, strong_v
         assert _equal(batches(workers), expected)
 
 
-def test_collate_stacks_samples_and_leaves_out_the_missing_view(root):
+def test_collate_stacks_samples_and_keeps_only_the_partners_that_are_used(root):
     for strong_views in (1, 2):
-        samples = [_dataset(root, strong_views)[Key(0, i, i, i)] for i in range(3)]
-        (image, label), views, partner = collate(samples)
-        for i, sample in enumerate(samples):
-            in_batch = [image[i], label[i], *(None if t is None else t[i] for t in (*views, *partner))]
-            assert _equal(in_batch, sample)
-        assert isinstance(views, UnlabeledViews) and (views.strong2 is None) == (strong_views == 1)
+        samples = [_dataset(root, strong_views)[Key(3, i, i, i)] for i in range(UNLABELED)]
+        (image, label), views = collate(samples)
+        partners = [index for index, (_, sample) in enumerate(samples) if sample.partner is not None]
+        assert views.used.tolist() == partners and 0 < len(partners) < UNLABELED
+        assert len(views.strong) == strong_views and views.boxes.shape == (UNLABELED, strong_views, 4)
+        for i, ((own_image, own_label), sample) in enumerate(samples):
+            in_batch = (image[i], label[i], views.weak[i], *(view[i] for view in views.strong))
+            assert _equal(in_batch, (own_image, own_label, sample.weak, *sample.strong))
+        assert torch.equal(views.partner, torch.stack([samples[index][1].partner for index in partners]))
+
+
+def test_a_batch_without_any_box_has_no_partner(root):
+    data = _dataset(root)
+    sample = next(data[key] for key in (Key(epoch, 0, 0, 0) for epoch in range(99)) if not any(data[key][1].boxes))
+    _, u, u_mix = to_device(collate([sample, sample]), torch.device("cpu"))
+    assert u_mix.weak.shape == (0, 3, SIZE, SIZE) and u_mix.used.shape == (0,)
+    assert not u.box1.any() and not u.box2.any()
 
 
 def test_a_step_gets_normalised_floats_and_int64_labels(root):
-    device = torch.device("cpu")
-    batch = collate([_dataset(root)[Key(0, i, i, i)] for i in range(2)])
-    (image, label), views, partner = to_device(batch, device)
+    batch = collate([_dataset(root)[Key(0, i, i, i)] for i in range(3)])
+    (image, label), views, partner = to_device(batch, torch.device("cpu"))
     assert label.dtype == torch.int64 and torch.equal(label, batch[0][1].long())
-    assert torch.equal(image, normalize(batch[0][0]))
-    for moved, before in ((views, batch[1]), (partner, batch[2])):
-        for name in ("weak", "strong1", "strong2"):
-            assert getattr(moved, name).dtype == torch.float32
-            assert torch.equal(getattr(moved, name), normalize(getattr(before, name)))
-        for name in ("ignore_mask", "box1", "box2"):
-            assert torch.equal(getattr(moved, name), getattr(before, name))
+    assert torch.equal(image, normalize(batch[0][0].permute(0, 3, 1, 2))) and image.is_contiguous()
+    assert {tensor.dtype for tensor in (*views[:3], partner.weak)} == {torch.float32}
+    assert {views.ignore_mask.dtype, partner.ignore_mask.dtype} == {torch.uint8}
+    assert {views.box1.dtype, views.box2.dtype} == {torch.bool}
+    assert views.used is None and partner.used.dtype == torch.int64
 
 
 def test_supervised_and_single_view_batches_reach_the_device_too(root):
     device = torch.device("cpu")
     supervised = TrainDataset(_labeled(), None, root, SIZE, 0)
     sampler = EpochSampler(LABELED, None, 3, 0)
-    (batch,) = train_loader(supervised, sampler, workers=0, pin_memory=False)
+    (batch,) = train_loader(supervised, sampler, LoaderOptions())
     image, label = to_device(batch, device)
     assert image.shape == (3, 3, SIZE, SIZE) and label.shape == (3, SIZE, SIZE) and label.dtype == torch.int64
     _, views, _ = to_device(collate([_dataset(root, 1)[Key(0, 0, 0, 0)]]), device)
     assert views.strong2 is None and views.box2 is None and views.strong1.dtype == torch.float32
 
 
-def test_a_batch_goes_to_the_device_without_a_value_being_read_back():
-    def views() -> UnlabeledViews:
-        images = [torch.empty(2, 3, SIZE, SIZE, dtype=torch.uint8) for _ in range(3)]
-        boxes = [torch.empty(2, SIZE, SIZE, dtype=torch.bool) for _ in range(2)]
-        return UnlabeledViews(*images, torch.empty(2, SIZE, SIZE, dtype=torch.uint8), *boxes)
-
-    with FakeTensorMode():
-        labeled = [torch.empty(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.empty(2, SIZE, SIZE, dtype=torch.uint8)]
-        moved = to_device((labeled, views(), views()), torch.device("cuda"))
+@pytest.mark.parametrize("photometry", ["worker", "device"])
+def test_a_batch_goes_to_the_device_without_a_value_being_read_back(root, photometry):
+    batch = collate([_dataset(root, photometry=photometry)[Key(0, i, i, i)] for i in range(UNLABELED)])
+    with FakeTensorMode() as mode:
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, batch)
+        moved = to_device(fake, torch.device("cuda"))
     assert {tensor.device.type for tensor in _tensors(moved)} == {"cuda"}
 
 
@@ -358,9 +429,7 @@ def test_a_batch_goes_to_the_device_without_a_value_being_read_back():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_validation_image_goes_to_exactly_one_process(root, processes, workers):
-    shares = [
-        list(val_loader(_labeled(), root, workers, False, rank=rank, processes=processes)) for rank in range(processes)
-    ]
+    shares = [list(val_loader(_labeled(), root, LoaderOptions(workers), rank, processes)) for rank in range(processes)]
     assert sum(len(share) for share in shares) == LABELED
     assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
     seen = sorted(tuple(image.shape) for share in shares for image, _ in share)
@@ -368,12 +437,12 @@ def test_each_validation_image_goes_to_exactly_one_process(root, processes, work
 
 
 def test_more_processes_than_validation_images_leave_some_shares_empty(root):
-    shares = [list(val_loader(_labeled()[:2], root, 0, False, rank=rank, processes=3)) for rank in range(3)]
+    shares = [list(val_loader(_labeled()[:2], root, LoaderOptions(), rank, 3)) for rank in range(3)]
     assert [len(share) for share in shares] == [1, 1, 0]
 
 
 def test_validation_samples_are_the_files_as_they_are(root):
-    (image, label), *_ = val_loader(_labeled(), root, 0, False)
+    (image, label), *_ = val_loader(_labeled(), root, LoaderOptions())
     assert torch.equal(image[0], to_tensor(Image.open(root / "0.png")))
     assert torch.equal(label[0], to_tensor(Image.open(root / "0_label.png")))
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import transforms as T
 
+from dataset.straightforward import resize_whole, whole_photometry
 from dataset.transform import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -29,6 +30,7 @@ from dataset.transform import (
     padding_mask,
     resized_size,
     to_tensor,
+    visible_extent,
 )
 from tests.reference import formulas
 from tests.reference.weights import check_summary
@@ -60,6 +62,11 @@ def _random_draws(count: int, seed: int = 0):
 # Geometry
 
 
+def _padding(width, height, geometry, size):
+    """The padding mask of one crop."""
+    return padding_mask(torch.tensor([visible_extent(width, height, geometry, size)]), size)[0]
+
+
 @pytest.mark.parametrize("case", FIGURES["geometry"], ids=lambda c: f"{c['w']}x{c['h']}-to-{c['long_side']}")
 def test_geometry_gives_the_reference_sums_exactly(case):
     picture, label = (Image.fromarray(array) for array in formulas.picture(case["image_seed"], case["h"], case["w"]))
@@ -72,7 +79,7 @@ def test_geometry_gives_the_reference_sums_exactly(case):
     assert _sums(image) == (case["image_sum"], case["image_weighted"])
     assert _sums(label) == (case["mask_sum"], case["mask_weighted"])
     assert int((np.asarray(label) == ignore).sum()) == case["padding_pixels"]
-    padding = padding_mask(case["w"], case["h"], geometry, size)
+    padding = _padding(case["w"], case["h"], geometry, size)
     assert int((padding == 255).sum()) == case["padding_pixels"]
 
 
@@ -80,7 +87,7 @@ def test_the_padding_mask_is_what_geometry_makes_of_an_empty_label():
     padded = 0
     for width, height, size, geometry in _random_draws(300):
         label = apply_geometry(Image.new("L", (width, height)), geometry, size, 255, Image.Resampling.NEAREST)
-        mask = padding_mask(width, height, geometry, size)
+        mask = _padding(width, height, geometry, size)
         assert mask.dtype == torch.uint8
         assert torch.equal(mask, to_tensor(label)), (width, height, size, geometry)
         padded += int(mask.any())
@@ -91,7 +98,7 @@ def test_padding_is_black_in_the_image():
     for width, height, size, geometry in _random_draws(50, seed=1):
         white = Image.new("RGB", (width, height), (255, 255, 255))
         image = to_tensor(apply_geometry(white, geometry, size, 0, Image.Resampling.BILINEAR))
-        padding = padding_mask(width, height, geometry, size) == 255
+        padding = _padding(width, height, geometry, size) == 255
         assert (image[:, padding] == 0).all() and (image[:, ~padding] == 255).all()
 
 
@@ -140,7 +147,7 @@ def test_thin_and_tiny_images_give_whole_views(width, height):
         assert min(resized_size(width, height, geometry.long_side)) >= 1
         image = apply_geometry(picture, geometry, 24, 0, Image.Resampling.BILINEAR)
         strong = apply_photometry(image, draw_photometry(rng))
-        mask = padding_mask(width, height, geometry, 24)
+        mask = _padding(width, height, geometry, 24)
         assert image.size == strong.size == (24, 24) and mask.shape == (24, 24)
         assert not mask.all()  # some of the image shows, however thin it is
 
@@ -285,9 +292,9 @@ def test_a_large_area_is_drawn_as_often_as_a_small_one(boxes):
 
 
 def test_the_box_mask_is_true_inside_the_box_only():
-    mask = box_mask(Box(x=2, y=5, width=3, height=1), 8)
-    assert mask.dtype == torch.bool and mask.nonzero().tolist() == [[5, 2], [5, 3], [5, 4]]
-    assert not box_mask(None, 8).any() and box_mask(None, 8).shape == (8, 8)
+    mask, none = box_mask(torch.tensor([Box(x=2, y=5, width=3, height=1), (0, 0, 0, 0)]), 8)
+    assert [tuple(point) for point in mask.nonzero().tolist()] == [(5, 2), (5, 3), (5, 4)]
+    assert mask.dtype == torch.bool and not none.any() and none.shape == (8, 8)
 
 
 # Normalisation
@@ -325,3 +332,65 @@ def test_to_tensor_keeps_values_and_puts_channels_first():
     assert tensor.dtype == torch.uint8 and tensor.is_contiguous() and tensor.shape == (3, 6, 4)
     assert np.array_equal(tensor.permute(1, 2, 0), array)
     assert np.array_equal(to_tensor(Image.fromarray(label)), label)
+
+
+# The crop alone is resized
+
+
+def _photograph(width: int, height: int, seed: int) -> Image.Image:
+    """Smooth shapes with a little noise, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    return Image.fromarray((smooth + rng.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("width, height, size", [(500, 375, 321), (375, 500, 321), (260, 700, 321), (900, 450, 401)])
+def test_a_crop_is_that_of_the_whole_resized_picture_up_to_a_level_in_few_pixels(width, height, size):
+    picture, rng = _photograph(width, height, seed=width), np.random.default_rng(height)
+    label = Image.fromarray(rng.integers(0, 21, (height, width), dtype=np.uint8))
+    off = []
+    for _ in range(8):
+        geometry = draw_geometry(width, height, size, rng)
+        for nearest in (np.asarray(label), label):
+            found, expected = (
+                np.asarray(way(x, geometry, size, 255, Image.Resampling.NEAREST))
+                for way, x in ((apply_geometry, nearest), (resize_whole, label))
+            )
+            assert np.array_equal(found, expected)
+        found, expected = (
+            np.asarray(way(picture, geometry, size, 0, Image.Resampling.BILINEAR)).astype(int)
+            for way in (apply_geometry, resize_whole)
+        )
+        assert np.abs(found - expected).max() <= 2
+        off.append((found != expected).any(axis=2).mean())
+    assert np.mean(off) <= 0.01  # 0.002 on photographs, of which these are caricatures
+
+
+def test_only_the_pixels_that_a_crop_depends_on_are_read():
+    """All others are changed, and the crop is the same."""
+    pixels, size = np.asarray(_photograph(700, 600, seed=1)).copy(), 128
+    for geometry in (Geometry(1400, 300, 500, False), Geometry(500, 40, 200, True), Geometry(700, 572, 472, False)):
+        for resample in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST):
+            before = np.asarray(apply_geometry(pixels, geometry, size, 0, resample))
+            scale = 700 / geometry.long_side
+            kept = [
+                slice(max(int(p * scale) - 5, 0), int((p + size + 16) * scale) + 5) for p in (geometry.y, geometry.x)
+            ]
+            changed = 255 - pixels
+            changed[tuple(kept)] = pixels[tuple(kept)]
+            assert np.array_equal(before, np.asarray(apply_geometry(changed, geometry, size, 0, resample)))
+
+
+def test_photometry_inside_a_box_is_that_of_the_whole_picture():
+    picture, rng = _photograph(60, 60, seed=2), np.random.default_rng(3)
+    boxes = 0
+    for _ in range(200):
+        photometry, box = draw_photometry(rng), draw_cutmix_box(60, rng)
+        whole = np.asarray(whole_photometry(picture, photometry))
+        assert np.array_equal(whole, np.asarray(apply_photometry(picture, photometry)))
+        if box is not None:
+            boxes += 1
+            part = np.asarray(apply_photometry(picture, photometry, box))
+            assert np.array_equal(part, whole[box.y : box.y + box.height, box.x : box.x + box.width])
+    assert boxes > 60

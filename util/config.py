@@ -105,6 +105,15 @@ class Config:
     workers: int | None = _key(
         "loading processes per training process; default: a share of the cores, 8 at most", None, minimum=0, maximum=256
     )
+    prefetch: int = _key("batches that each loading process has ready", 2, minimum=1, maximum=64)
+    persistent_workers: bool = _key("keep the loading processes from one epoch to the next", True)
+    pin_memory: bool | None = _key("load batches into pinned memory, whence GPUs copy faster; default: for GPUs", None)
+    photometry: Literal["worker", "device"] = _key(
+        "where the strong views' colours and blur are made; on the device they differ by some levels", "worker"
+    )
+    cache: Literal["none", "ram", "disk"] = _key("keep decoded images and labels in shared memory or on a disk", "none")
+    cache_gb: float = _key("size of the cache in GB (1e9 bytes); once it is full it stays as it is", 16.0, above=0)
+    cache_dir: str | None = _key("folder for cache: disk, best on a local disk; default: ~/.cache/unimatch", None)
     check_data: bool = _key("check images and labels before training starts", True)
     log_interval: int = _key("iterations between two lines of the log", 50, minimum=1)
     eval_interval: int = _key("epochs between two evaluations, each of which saves a checkpoint", 1, minimum=1)
@@ -131,7 +140,10 @@ class Config:
 
 
 # Keys that change where or how fast a run computes, not what: a run may resume with others.
-NOT_SHAPING = ("data_root", "classes", "palette", "device", "workers", "check_data", "log_interval", "eval_interval")
+NOT_SHAPING = (
+    *("data_root", "classes", "palette", "device", "check_data", "log_interval", "eval_interval"),
+    *("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "cache_gb", "cache_dir"),
+)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dataset.cache import ImageCache, open_cache
 from dataset.files import Sample, check_samples, find_unlabeled, list_digest, read_list
-from dataset.semi import EpochSampler, TrainDataset, default_workers, train_loader, val_loader
+from dataset.semi import EpochSampler, LoaderOptions, TrainDataset, default_workers, train_loader, val_loader
 from model import build_model, check_pretrained
 from util.checkpoint import CONFIG_FILE, LOG_FILE, find_checkpoint, set_aside
 from util.config import Config, ConfigError, check_batch, load_config, resolve_path, to_dict
@@ -39,16 +41,12 @@ class Run:
     processes: Processes
     device: torch.device
     log: RunLog
+    cache: ImageCache | None
 
     @property
     def identity(self) -> dict[str, str]:
         """What shapes training besides the config; a checkpoint carries it."""
         return _identity(self.method, self.labeled, self.unlabeled)
-
-    @property
-    def workers(self) -> int:
-        """Loading processes of this process: the config's, else a share of this machine's cores."""
-        return default_workers(local_process_count()) if self.cfg.workers is None else self.cfg.workers
 
     def build_model(self) -> nn.Module:
         """The model, with ImageNet weights if the config says so and no checkpoint is going to replace them."""
@@ -65,6 +63,8 @@ class Run:
             cfg.seed,
             strong_views,
             cfg.label_map,
+            self.cache,
+            cfg.photometry,
         )
         sampler = EpochSampler(
             len(self.labeled),
@@ -75,19 +75,26 @@ class Run:
             self.processes.count,
             cfg.cutmix_partner,
         )
-        return train_loader(dataset, sampler, self.workers, pin_memory=self.device.type == "cuda")
+        return train_loader(dataset, sampler, loader_options(cfg, self.device))
 
     def val_loader(self) -> DataLoader:
         """This process's share of the validation images."""
         return val_loader(
             self.val,
             resolve_path(self.cfg.data_root),
-            self.workers,
-            self.device.type == "cuda",
+            loader_options(self.cfg, self.device),
             self.processes.rank,
             self.processes.count,
             self.cfg.label_map,
+            self.cache,
         )
+
+
+def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
+    """How a process loads: as the config says, else with its share of this machine's cores, and pinned for a GPU."""
+    workers = default_workers(local_process_count()) if cfg.workers is None else cfg.workers
+    pin_memory = device.type == "cuda" if cfg.pin_memory is None else cfg.pin_memory
+    return LoaderOptions(workers, cfg.prefetch, cfg.persistent_workers, pin_memory)
 
 
 @contextlib.contextmanager
@@ -123,11 +130,16 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         if args.resume == "never" and (aside := set_aside(save_path)):
             notes.append(f"earlier results were moved to {aside}")
     first_step = checkpoint["iteration"] if checkpoint else 0
-    with process_group(processes, device), RunLog(save_path, processes.is_main, first_step) as log:
+    cache_dir = Path(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch").expanduser()
+    with (
+        open_cache(cfg.cache, cfg.cache_gb, cache_dir, str(save_path.resolve())) as cache,
+        process_group(processes, device),
+        RunLog(save_path, processes.is_main, first_step) as log,
+    ):
         lr = _scaled_lr(cfg, processes.count)
         if processes.is_main:
             (save_path / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
-        run = Run(method, cfg, lr, labeled, unlabeled, val, save_path, checkpoint, processes, device, log)
+        run = Run(method, cfg, lr, labeled, unlabeled, val, save_path, checkpoint, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)
         torch.manual_seed(cfg.seed)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset.files import IGNORE_INDEX
+from dataset.semi import UnlabeledViews
 
 
 def pseudo_label(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,10 +17,21 @@ def pseudo_label(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def predict_pseudo_label(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pseudo-label and confidence of `image` (B, 3, H, W) by the model in eval mode, in which it is left."""
+def predict_pseudo_label(model: nn.Module, views: UnlabeledViews) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pseudo-label (B, H, W) and confidence of the weak views by the model in eval mode, in which it is left.
+
+    Where `views.used` names some of the samples, the model sees these only (samples do not mix in eval mode), and the
+    others' values are 0.
+    """
     model.eval()
-    return pseudo_label(model(image))
+    if views.used is None:
+        return pseudo_label(model(views.weak))
+    label = torch.zeros_like(views.ignore_mask, dtype=torch.int64)
+    conf = torch.zeros_like(views.ignore_mask, dtype=views.weak.dtype)
+    if len(views.weak):
+        own_label, own_conf = pseudo_label(model(views.weak))
+        label, conf = label.index_copy(0, views.used, own_label), conf.index_copy(0, views.used, own_conf)
+    return label, conf
 
 
 def cutmix(own: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
