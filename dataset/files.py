@@ -9,14 +9,14 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dataset.errors import DataError
 
@@ -80,8 +80,8 @@ def find_unlabeled(source: str | Path, data_root: str | Path, labeled: Sequence[
         images = images_in(folder, Path(data_root))
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
-    taken = {_location(data_root, sample.image) for sample in labeled}
-    samples = [Sample(image, None) for image in images if _location(data_root, image) not in taken]
+    taken = {location(data_root, sample.image) for sample in labeled}
+    samples = [Sample(image, None) for image in images if location(data_root, image) not in taken]
     if not samples:
         raise DataError(f"{source}: no unlabelled image in it ({len(images)} images, all of them labelled)")
     return samples
@@ -95,15 +95,21 @@ def list_digest(samples: Sequence[Sample]) -> str:
 
 def read_image(path: str | Path) -> Image.Image:
     """Decode an image as 8-bit RGB. Raises DataError naming the file."""
+    with open_image(path) as image:
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image as Pillow opens it, before decoding. What it raises while in use becomes a DataError naming the file."""
     with _faults_named(path, "image"), Image.open(path) as image:
         _check_depth(path, image)
-        return image.convert("RGB")
+        yield image
 
 
 def read_pixels(path: str | Path) -> np.ndarray:
     """What `read_image` decodes, as uint8 (H, W, 3): the same values, from JPEG files sooner. Raises DataError."""
-    with _faults_named(path, "image"), Image.open(path) as image:
-        _check_depth(path, image)
+    with open_image(path) as image:
         # PNG stays with Pillow: torchvision's decoder takes the whole process down at a damaged file.
         decode = _jpeg_decoder() if image.format == "JPEG" and image.mode == "RGB" else None
         if decode is not None:
@@ -116,7 +122,10 @@ def read_label(path: str | Path) -> Image.Image:
     """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file."""
     with _faults_named(path, "label"), Image.open(path) as label:
         if label.mode not in ("L", "P", "1"):
-            raise DataError(f"{path}: the label is a {label.mode} image; expected one 8-bit channel of class indices")
+            raise DataError(
+                f"{path}: the label is a {label.mode} image; expected one 8-bit channel of class indices",
+                "labels that are not one 8-bit channel",
+            )
         return Image.fromarray(np.asarray(label).astype(np.uint8))  # palette indices stay indices
 
 
@@ -160,15 +169,22 @@ def _faults_named(path: str | Path, kind: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: no such {kind} (listed paths are relative to data_root)") from None
+        raise DataError(
+            f"{path}: no such {kind} (listed paths are relative to data_root)", f"missing {kind}s"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: unreadable {kind}, truncated or damaged: {error}") from None
+        detail = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+        message = f"{path}: unreadable {kind}, truncated or damaged: {detail}"
+        raise DataError(message, f"unreadable {kind}s") from None
 
 
 def _check_depth(path: str | Path, image: Image.Image) -> None:
     """Refuse grey images of more than 8 bits: Pillow's conversion would cut their values off at 255, nearly white."""
     if image.mode[0] in "IF":
-        raise DataError(f"{path}: the image has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits")
+        raise DataError(
+            f"{path}: the image has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits",
+            "images of more than 8 bits",
+        )
 
 
 def check_samples(
@@ -184,17 +200,31 @@ def check_samples(
     below `nclass` or 255. Images are decoded only where their last bytes look cut off; labels always.
     """
     root = Path(data_root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; data_root must hold the images that the lists name")
+    check_root(root)
     found: set[int] = set()
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
         for values in pool.map(lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples):
             found |= values
-    if not label_map and IGNORE_INDEX in found and found <= {0, IGNORE_INDEX}:
-        raise DataError(
-            f"{root / samples[0].label}: values found over all {len(samples)} labels of the list: "
-            f"{_few(sorted(found))}, so no class but 0 occurs; {mask_hint()}"
-        )
+    labels = [sample.label for sample in samples if sample.label]
+    if labels and (fault := mask_fault(root / labels[0], len(labels), found, label_map)):
+        raise fault
+
+
+def check_root(root: Path) -> None:
+    """Raise DataError unless `root`, the config's data_root, is a folder."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; data_root must hold the images that the lists name")
+
+
+def mask_fault(first: Path, count: int, found: Set[int], label_map: Mapping[int, int] | None) -> DataError | None:
+    """The fault of a list in whose `count` labels, the `first` among them, there are just 255 and perhaps 0."""
+    if label_map or IGNORE_INDEX not in found or not found <= {0, IGNORE_INDEX}:
+        return None
+    return DataError(
+        f"{first}: values found over all {count} labels of the list: {_few(sorted(found))}, so no class but 0 occurs; "
+        f"{mask_hint()}",
+        "lists of labels without a class",
+    )
 
 
 def mask_hint(value: int = 255) -> str:
@@ -210,22 +240,67 @@ def _check_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[in
     size = _check_image(root / sample.image)
     if sample.label is None:
         return set()
-    path = root / sample.label
-    label = read_label(path)
-    if label.size != size:
-        raise DataError(
-            f"{path}: the label is {label.size[0]} x {label.size[1]} pixels, its image {root / sample.image} "
-            f"is {size[0]} x {size[1]}"
+    label = read_label(root / sample.label)
+    found = np.flatnonzero(label.histogram()).tolist()
+    for fault in label_faults(sample, root, size, label.size, found, nclass, label_map):
+        raise fault
+    return set(found)
+
+
+def label_faults(
+    sample: Sample,
+    root: Path,
+    image_size: tuple[int, int] | None,
+    label_size: tuple[int, int],
+    found: Sequence[int],
+    nclass: int,
+    label_map: Mapping[int, int] | None,
+) -> Iterator[DataError]:
+    """What is wrong with a readable label that holds the values `found`: its size, its values. Sizes: (width, height).
+
+    An unreadable image's size is None and fits every label.
+    """
+    path, label_map = root / sample.label, label_map or {}
+    if image_size not in (None, label_size):
+        yield DataError(
+            f"{path}: the label is {label_size[0]} x {label_size[1]} pixels, its image {root / sample.image} "
+            f"is {image_size[0]} x {image_size[1]}{_orientation_hint(root / sample.image, label_size)}",
+            "labels of another size than their image",
         )
-    found = np.flatnonzero(np.bincount(np.asarray(label).ravel(), minlength=256)).tolist()
     if any(nclass <= label_map.get(value, value) != IGNORE_INDEX for value in found):
         mask = not label_map and len(found) == 2 and found[0] == 0 and found[1] >= 128
         named = f", and those in label_map ({_few(sorted(label_map))})" if label_map else ""
-        raise DataError(
+        yield DataError(
             f"{path}: label values found: {_few(found)}; allowed are 0..{nclass - 1}, and 255 for ignored pixels"
-            f"{named}{f'; {mask_hint(found[1])}' if mask else ''}"
+            f"{named}{f'; {mask_hint(found[1])}' if mask else ''}",
+            "label values outside the classes",
         )
-    return set(found)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8, that the pixels of a decoded image have still to be turned by.
+
+    Pillow turns TIFFs by itself while it decodes them; other formats keep their pixels as they are stored.
+    """
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF data raise many things; the pixels are good all the same
+        return 1
+    return number if number in range(1, 9) else 1
+
+
+def _orientation_hint(path: Path, label_size: tuple[int, int]) -> str:
+    with open_image(path) as image:
+        if image.size[::-1] != label_size:
+            return ""
+        image.load()
+        number = orientation(image)
+    if number not in (5, 6, 7, 8):
+        return ""
+    return (
+        f": its EXIF orientation {number} turns it in a viewer, but not here; turn the image's pixels as it says and "
+        "remove it, or turn the label to fit the stored pixels"
+    )
 
 
 def _check_image(path: Path) -> tuple[int, int]:
@@ -256,7 +331,13 @@ def images_in(folder: Path, root: Path) -> list[str]:
     return sorted(found)
 
 
-def _location(data_root: str | Path, image: str) -> str:
+def shared_images(samples: Sequence[Sample], others: Sequence[Sample], data_root: str | Path) -> list[str]:
+    """The images of `samples` that are also among `others`, however either list writes their paths."""
+    taken = {location(data_root, sample.image) for sample in others}
+    return [sample.image for sample in samples if location(data_root, sample.image) in taken]
+
+
+def location(data_root: str | Path, image: str) -> str:
     """The same text for the same path, however a list writes it."""
     return os.path.abspath(os.path.join(data_root, image))
 

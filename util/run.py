@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.cache import ImageCache, open_cache
-from dataset.files import Sample, check_samples, find_unlabeled, list_digest, read_list
+from dataset.files import Sample, check_samples, find_unlabeled, list_digest, read_list, shared_images
 from dataset.semi import EpochSampler, LoaderOptions, TrainDataset, default_workers, train_loader, val_loader
 from model import build_model, check_pretrained
 from util.checkpoint import CONFIG_FILE, LOG_FILE, find_checkpoint, set_aside
@@ -127,6 +127,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         if cfg.check_data:
             for samples in (labeled, unlabeled or [], val):
                 check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, label_map=cfg.label_map)
+            notes += _overlap_notes(labeled, unlabeled or [], val, resolve_path(cfg.data_root))
         if args.resume == "never" and (aside := set_aside(save_path)):
             notes.append(f"earlier results were moved to {aside}")
     first_step = checkpoint["iteration"] if checkpoint else 0
@@ -153,11 +154,31 @@ def _find_lists(
     val = read_list(resolve_path(cfg.val_id_path))
     if method == "supervised":
         return labeled, None, val
-    source = args.unlabeled_id_path or cfg.unlabeled_id_path
-    if source is None:
+    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled)
+    if unlabeled is None:
         raise ConfigError("no unlabelled images: give --unlabeled-id-path, or unlabeled_id_path in the config")
+    return labeled, unlabeled, val
+
+
+def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> list[Sample] | None:
+    """The unlabelled images of a run, from `given` on the command line or else the config; None if neither names any.
+
+    Raises DataError.
+    """
+    source = given or cfg.unlabeled_id_path
+    if source is None:
+        return None
     listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
-    return labeled, find_unlabeled(listed if listed.is_file() else source, resolve_path(cfg.data_root), labeled), val
+    return find_unlabeled(listed if listed.is_file() else source, resolve_path(cfg.data_root), labeled)
+
+
+def _overlap_notes(labeled: list[Sample], unlabeled: list[Sample], val: list[Sample], data_root: Path) -> Iterator[str]:
+    for name, samples in (("labelled", labeled), ("unlabelled", unlabeled)):
+        if shared := shared_images(val, samples, data_root):
+            yield (
+                f"warning: {len(shared)} of {len(val)} validation images are also among the {name} ones, such as "
+                f"{shared[0]}: mIoU will say little about new images"
+            )
 
 
 def _identity(method: str, labeled: list[Sample], unlabeled: list[Sample] | None) -> dict[str, str]:

@@ -1,11 +1,12 @@
-"""Labels and predictions as pictures."""
+"""Labels, predictions and class frequencies as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dataset.files import IGNORE_INDEX
 
@@ -36,3 +37,45 @@ def panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             x += width + GAP
         y += height + GAP
     return sheet
+
+
+def share_chart(classes: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Image.Image:
+    """Horizontal bars of `shares` (0 to 1, one for each class, keyed by series), on a logarithmic scale from 0.001 %.
+
+    Class names that Pillow's own font cannot write get `?` for the characters it lacks.
+    """
+    names = [
+        f"{index} {name}"[:40].encode("latin-1", "replace").decode("latin-1") for index, name in enumerate(classes)
+    ]
+    colours = [(0, 114, 178), (230, 159, 0), (0, 158, 115)]
+    font, bar, width, decades = ImageFont.load_default(), 11, 500, 5
+    left = 20 + max(int(font.getlength(name)) for name in names)
+    row, top = bar * len(shares) + 9, 46
+    chart = Image.new("RGB", (left + width + 80, top + row * len(names) + 10), "white")
+    drawing = ImageDraw.Draw(chart)
+    x = left
+    for colour, series in zip(colours, shares, strict=False):
+        drawing.rectangle((x, 9, x + 9, 18), colour)
+        drawing.text((x + 14, 7), series, "black", font)
+        x += 40 + int(font.getlength(series))
+    for decade in range(decades + 1):
+        x = left + width * decade // decades
+        drawing.line((x, top - 6, x, chart.height - 6), (215, 215, 215))
+        drawing.text((x - 8, top - 20), f"{10.0 ** (decade - 3):g} %", (90, 90, 90), font)
+    for index, name in enumerate(names):
+        y = top + row * index
+        drawing.text((8, y + (row - 9) // 2 - 6), name, "black", font)
+        for colour, values in zip(colours, shares.values(), strict=False):
+            share = values[index]
+            length = width * (1 + math.log10(share) / decades) if share else 0
+            drawing.rectangle((left, y, left + max(0, int(length)), y + bar - 2), colour if share else "white")
+            drawing.text((left + max(0, int(length)) + 5, y - 2), percent(share), "black", font)
+            y += bar
+    return chart
+
+
+def percent(share: float) -> str:
+    """A share (0 to 1) in percent, to two places; what would round to nothing but is there stays visible."""
+    if share == 0:
+        return "absent"
+    return "< 0.01 %" if share < 0.00005 else f"{100 * share:.2f} %"

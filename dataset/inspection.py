@@ -1,0 +1,319 @@
+"""The thorough look at a run's lists: every file decoded, every fault kept, the pixels of each class counted.
+
+`dataset.files.check_samples` is the quick one at the start of a run, which stops at the first fault; both share what
+they say about a sample.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import signal
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import io as torchvision_io
+
+from dataset.errors import DataError
+from dataset.files import (
+    IGNORE_INDEX,
+    Sample,
+    check_root,
+    label_faults,
+    location,
+    mask_fault,
+    open_image,
+    orientation,
+    read_label,
+    shared_images,
+)
+
+ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
+
+GREY = "grey images: read as RGB with three equal channels"
+PALETTE = "palette images: read as the colours of their palette"
+TRANSPARENT = "images with transparent pixels: transparency is dropped, the colours stored below it are used"
+OPAQUE = "images with an alpha channel, opaque everywhere: it is dropped"
+DEEP = "images of 16 bits per channel: the upper 8 are used"
+ROTATED = "images with an EXIF orientation: used as they are stored, not as a viewer turns them; labels must fit that"
+TURNED = "images with an orientation tag: turned as it says; labels must fit the turned image"
+FRAMES = "files of several pictures: the first is used"
+DAMAGED = "images damaged inside: read without an error, some of their pixels wrong"
+LOSSY = "labels in JPEG files: compression changes class indices; use PNG"
+EMPTY = "labels of ignored pixels alone: nothing is learnt from them"
+SMALL = "training images smaller than the crop: padded where scaling leaves them so"
+TWICE = "images more than once in a list"
+COPIES = "byte-identical images under different names"
+LEAK = "mIoU will say little about new images"
+LEAKED_COPIES = f"training images that are byte-identical to a validation image: {LEAK}"
+
+
+class Finding(NamedTuple):
+    """One line about the data. `level`: training would stop at an "error"; `kind`: the heading it belongs under."""
+
+    level: str
+    kind: str
+    message: str
+
+
+class Look(NamedTuple):
+    """What one sample's files show: findings, a digest of the image file, its size, the label's pixels of each value.
+
+    The last three are None where the image or the label cannot be read, or there is no label; `pixels` is int64 (256,).
+    """
+
+    findings: list[Finding]
+    digest: bytes | None
+    size: tuple[int, int] | None
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All findings, and for each list with labels how often each value 0..255 occurs after `label_map`.
+
+    `pixels` and `images` (in how many labels a value occurs) are int64 (256,), keyed by the list's name.
+    """
+
+    findings: list[Finding]
+    pixels: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
+
+    def at(self, level: str) -> dict[str, list[str]]:
+        """{kind: messages} of a level."""
+        grouped = defaultdict(list)
+        for finding in self.findings:
+            if finding.level == level:
+                grouped[finding.kind].append(finding.message)
+        return dict(grouped)
+
+
+def inspect_lists(
+    labeled: Sequence[Sample],
+    unlabeled: Sequence[Sample],
+    val: Sequence[Sample],
+    data_root: str | Path,
+    classes: Sequence[str],
+    crop_size: int,
+    label_map: Mapping[int, int] | None = None,
+    workers: int = 1,
+    progress: Callable[[Iterator[Look], int], Iterator[Look]] = lambda looks, total: looks,
+) -> Inspection:
+    """Open every file of the lists in `workers` processes (1: in this one); `labeled` and `unlabeled` may be empty.
+
+    `progress` wraps the iterator of samples, whose number it gets too. Raises DataError without a data_root.
+    """
+    root = Path(data_root)
+    check_root(root)
+    lists = {"labelled": labeled, "unlabelled": unlabeled, "validation": val}
+    samples = list(dict.fromkeys(sample for listed in lists.values() for sample in listed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
+        work = functools.partial(inspect_sample, root=root, nclass=len(classes), label_map=label_map)
+        looks = dict(zip(samples, progress(_map(work, samples, workers), len(samples)), strict=True))
+    findings = [finding for look in looks.values() for finding in look.findings]
+    pixels, images = {}, {}
+    for name, listed in lists.items():
+        found = [(sample, looks[sample].pixels) for sample in listed if looks[sample].pixels is not None]
+        if not found:
+            continue
+        counts = np.stack([counts for _, counts in found])
+        values = set(np.flatnonzero(counts.any(0)).tolist())
+        if fault := mask_fault(root / found[0][0].label, len(found), values, label_map):
+            findings.append(_error(fault))
+        mapped = _mapped(counts, label_map)
+        pixels[name], images[name] = mapped.sum(0), (mapped > 0).sum(0)
+        findings += _absent_classes(name, pixels[name], classes)
+    findings += _repetitions(lists, root)
+    findings += overlaps(labeled, unlabeled, val, root)
+    findings += _copies(lists, looks, root)
+    sizes = [look.size for listed in (labeled, unlabeled) for look in map(looks.get, listed) if look.size]
+    if small := sum(min(size) < crop_size for size in sizes):
+        message = f"{small} of {len(sizes)} have a side shorter than {crop_size} pixels"
+        findings.append(Finding(NOTE, SMALL, message))
+    return Inspection(list(dict.fromkeys(findings)), pixels, images)
+
+
+def overlaps(
+    labeled: Sequence[Sample], unlabeled: Sequence[Sample], val: Sequence[Sample], data_root: str | Path
+) -> list[Finding]:
+    """Validation images that are trained on too, a finding each; paths are compared, no file is opened."""
+    return [
+        Finding(WARNING, f"validation images that are among the {name} ones too: {LEAK}", image)
+        for name, listed in (("labelled", labeled), ("unlabelled", unlabeled))
+        for image in shared_images(val, listed, data_root)
+    ]
+
+
+def inspect_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int] | None) -> Look:
+    """Decode a sample's files and say everything there is to say about them, in the order of the files."""
+    findings, digest, size = [], None, None
+    path = root / sample.image
+    try:
+        with open_image(path) as image:
+            traits = _traits(image)
+            findings = [Finding(level, kind, f"{path}{detail}") for level, kind, detail in traits]
+            size = image.size
+            data = path.read_bytes()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if complaint := jpeg_complaint(data):
+            findings.append(Finding(WARNING, DAMAGED, f"{path}: {complaint}"))
+    except DataError as error:
+        findings = [_error(error)]
+    if sample.label is None:
+        return Look(findings, digest, size, None)
+    path = root / sample.label
+    try:
+        label = read_label(path)
+        pixels = np.array(label.histogram())
+        found = np.flatnonzero(pixels).tolist()
+        findings += map(_error, label_faults(sample, root, size, label.size, found, nclass, label_map))
+    except DataError as error:
+        return Look([*findings, _error(error)], digest, size, None)
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        findings.append(Finding(WARNING, LOSSY, str(path)))
+    if {(label_map or {}).get(value, value) for value in found} == {IGNORE_INDEX}:
+        findings.append(Finding(WARNING, EMPTY, str(path)))
+    return Look(findings, digest, size, pixels)
+
+
+def _error(fault: DataError) -> Finding:
+    return Finding(ERROR, fault.kind, str(fault))
+
+
+def _traits(image: Image.Image) -> list[tuple[str, str, str]]:
+    """(level, kind, detail) of each way in which an open image is not plain 8-bit RGB; decodes it as training does."""
+    deep = any(";16" in str(tile[3]) for tile in image.tile)  # the decoder's arguments, such as RGB;16B
+    tagged = orientation(image) if image.format == "TIFF" else 1
+    image.load()
+    image.convert("RGB")
+    traits = []
+    if image.mode in ("1", "L", "LA"):
+        traits.append((NOTE, GREY, ""))
+    elif image.mode in ("P", "PA"):
+        traits.append((NOTE, PALETTE, ""))
+    elif image.mode not in ("RGB", "RGBA"):
+        kind = f"{image.mode} images: converted to RGB by a plain formula without their colour profile; colours differ"
+        traits.append((WARNING, kind, ""))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        traits.append((WARNING, TRANSPARENT, "") if transparent else (NOTE, OPAQUE, ""))
+    if deep:
+        traits.append((WARNING, DEEP, ""))
+    left = orientation(image)
+    if left != 1:
+        traits.append((WARNING, ROTATED, f": orientation {left}"))
+    elif tagged != 1:
+        traits.append((NOTE, TURNED, f": orientation {tagged}"))
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo and its preview, from a phone
+        traits.append((WARNING, FRAMES, ""))
+    return traits
+
+
+def jpeg_complaint(data: bytes) -> str | None:
+    """What libjpeg says about a damaged JPEG file that it decodes all the same; None if nothing, or for other formats.
+
+    Pillow drops these lines, torchvision lets the library print them to the process's standard error, where they are
+    caught; so a process must do one image at a time.
+    """
+    decode_jpeg = getattr(torchvision_io, "decode_jpeg", None)  # deprecated: later versions will lack it
+    if data[:2] != b"\xff\xd8" or decode_jpeg is None:
+        return None
+    caught = _catcher(os.getpid())
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    os.dup2(caught.fileno(), 2)
+    try:
+        decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision_io.ImageReadMode.GRAY)
+    except RuntimeError:  # a JPEG that torchvision does not know, or no libjpeg: no complaint of the data
+        pass
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        caught.seek(0)
+        text = caught.read().decode(errors="replace")
+        caught.seek(0)
+        caught.truncate()
+    lines = re.findall(r"^(?:Corrupt JPEG data|Premature end of JPEG).*", text, re.MULTILINE)
+    return lines[0].strip() if lines else None
+
+
+@functools.lru_cache(maxsize=1)
+def _catcher(process: int) -> IO[bytes]:
+    """A file of this process; one taken over from its parent would have a position in common with other processes."""
+    return tempfile.TemporaryFile()
+
+
+def _map(work: Callable[[Sample], Look], samples: Sequence[Sample], workers: int) -> Iterator[Look]:
+    if workers <= 1:
+        yield from map(work, samples)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+        try:
+            yield from pool.map(work, samples, chunksize=8)
+        except BrokenProcessPool:
+            raise DataError(
+                "a checking process was killed, perhaps for want of memory; fewer workers need less"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def _mapped(counts: np.ndarray, label_map: Mapping[int, int] | None) -> np.ndarray:
+    """Counts (N, 256) of the values that `label_map` makes of them."""
+    mapped = np.zeros_like(counts)
+    for value in np.flatnonzero(counts.any(0)).tolist():
+        mapped[:, (label_map or {}).get(value, value)] += counts[:, value]
+    return mapped
+
+
+def _absent_classes(name: str, pixels: np.ndarray, classes: Sequence[str]) -> list[Finding]:
+    level, effect = (WARNING, "never learnt from a label") if name == "labelled" else (NOTE, "not part of mIoU")
+    kind = f"classes without a pixel in the {name} list: {effect}"
+    return [Finding(level, kind, f"{i} {label}") for i, label in enumerate(classes) if not pixels[i]]
+
+
+def _repetitions(lists: Mapping[str, Sequence[Sample]], root: Path) -> Iterator[Finding]:
+    """Images that a list names more than once."""
+    for name, listed in lists.items():
+        labels = defaultdict(list)
+        for sample in listed:
+            labels[location(root, sample.image)].append(sample.label)
+        for path, named in labels.items():
+            if len(named) > 1:
+                differ = ", with different labels" if len(set(named)) > 1 else ""
+                yield Finding(WARNING, TWICE, f"{path}: {len(named)} times in the {name} list{differ}")
+
+
+def _copies(lists: Mapping[str, Sequence[Sample]], looks: Mapping[Sample, Look], root: Path) -> Iterator[Finding]:
+    """Images whose files hold the same bytes under different paths."""
+    named: dict[bytes, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, listed in lists.items():
+        for sample in dict.fromkeys(listed):
+            if digest := looks[sample].digest:
+                named[digest][location(root, sample.image)].append(name)
+    for paths in named.values():
+        if len(paths) < 2:
+            continue
+        names = {name for group in paths.values() for name in group}
+        kind = LEAKED_COPIES if "validation" in names and len(names) > 1 else COPIES
+        yield Finding(WARNING, kind, " = ".join(f"{path} ({', '.join(group)})" for path, group in paths.items()))

@@ -1,0 +1,149 @@
+"""Check everything that a run would open, and count the classes: all faults are listed, not only the first.
+
+    python -m scripts.check_data --config configs/leaves.yaml --labeled-id-path splits/leaves/labeled.txt --output check
+
+Every image and label is decoded whole. Exit status: 0 if training can start, 1 if it could not (with --strict: also if
+there are warnings), 2 if nothing could be checked, for instance for want of a list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dataset.files import IGNORE_INDEX, read_list
+from dataset.inspection import ERROR, LEVELS, WARNING, Inspection, inspect_lists
+from dataset.semi import default_workers
+from util.cli import add_common_arguments, run_main
+from util.config import ConfigError, load_config, resolve_path
+from util.run import list_unlabeled
+from util.visualize import percent, share_chart
+
+REPORT, CHART = "report.txt", "classes.png"
+
+
+def format_findings(inspection: Inspection, shown: int | None = None) -> str:
+    """The findings by level and kind, at most `shown` of a kind."""
+    lines = []
+    for level in LEVELS:
+        for kind, messages in inspection.at(level).items():
+            count = f" ({len(messages)})" if len(messages) > 1 else ""
+            lines += ["", f"{level}: {kind}{count}", *(f"  {text}" for text in messages[:shown])]
+            if shown is not None and len(messages) > shown:
+                lines.append(f"  ... and {len(messages) - shown} more")
+    text = "\n".join(lines[1:]) or "nothing to report"
+    return text.encode("utf-8", "backslashreplace").decode()  # a folder may hold file names that are not UTF-8
+
+
+def class_table(inspection: Inspection, classes: Sequence[str]) -> str:
+    """A row per class: its share of the pixels that are not ignored, and the number of images that have it."""
+    labels = [*(f"{index:>3} {name}" for index, name in enumerate(classes)), "ignored (of all)"]
+    width = max(map(len, labels))
+    rows = [f"{text:<{width}}" for text in ("share of pixels", *labels)]
+    for name, shares in class_shares(inspection, len(classes)).items():
+        pixels, images = inspection.pixels[name], inspection.images[name]
+        shares = [*shares, pixels[IGNORE_INDEX] / pixels.sum()]
+        counts = [*images[: len(classes)], images[IGNORE_INDEX]]
+        rows[0] += f"  {name:>10} {'images':>8}"
+        for number, (share, count) in enumerate(zip(shares, counts, strict=True), 1):
+            rows[number] += f"  {percent(share):>10} {count:>8}"
+    return "\n".join(rows)
+
+
+def class_shares(inspection: Inspection, nclass: int) -> dict[str, np.ndarray]:
+    """Each class's share of the class pixels of every list that has labels: float64 (nclass,), 0 to 1."""
+    counts = {name: pixels[:nclass] for name, pixels in inspection.pixels.items()}
+    return {name: pixels / max(1, pixels.sum()) for name, pixels in counts.items()}
+
+
+def write_output(folder: Path, report: str, chart: Image.Image | None) -> None:
+    """Write the report and the chart; each replaces an earlier one as a whole."""
+    writers = {REPORT: lambda path: path.write_text(report, encoding="utf-8")}
+    if chart is not None:
+        writers[CHART] = lambda path: chart.save(path, "PNG")
+    for name, write in writers.items():
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            write(temporary)
+            os.replace(temporary, folder / name)
+        except OSError as error:
+            raise ConfigError(f"--output {folder / name}: cannot be written: {error.strerror or error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check as the command line says; faults in the data end it with status 1."""
+    parser = argparse.ArgumentParser(prog="scripts.check_data", description=__doc__.split("\n", 1)[0])
+    add_common_arguments(parser)
+    parser.add_argument("--labeled-id-path", metavar="F", help="list of labelled images (default: none are checked)")
+    parser.add_argument("--unlabeled-id-path", metavar="F", help="list of unlabelled images, or a folder of images "
+                        "under data_root (default: the config's unlabeled_id_path, if any)")  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", help=f"folder for {REPORT}, with all findings, and {CHART}, a bar "
+                        "chart of the classes; earlier ones are replaced")  # fmt: skip
+    parser.add_argument("--show", type=int, default=5, metavar="N", help="findings of a kind on screen (default: 5)")
+    parser.add_argument("--strict", action="store_true", help="let warnings count as faults in the exit status")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: a share of the cores, 8 at most)")
+    args = parser.parse_args(argv)
+    for option, value, minimum in (("--show", args.show, 0), ("--workers", args.workers, 1)):
+        if value is not None and value < minimum:
+            raise ConfigError(f"{option} {value}: must be at least {minimum}")
+
+    cfg = load_config(args.config, args.overrides)
+    labeled = read_list(resolve_path(args.labeled_id_path)) if args.labeled_id_path else []
+    val = read_list(resolve_path(cfg.val_id_path))
+    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled) or []
+    data_root = resolve_path(cfg.data_root)
+    output = Path(args.output) if args.output else None
+    if output:
+        _make_folder(output)
+    inspection = inspect_lists(
+        labeled,
+        unlabeled,
+        val,
+        data_root,
+        cfg.classes,
+        cfg.crop_size,
+        cfg.label_map,
+        default_workers(1) if args.workers is None else args.workers,
+        lambda looks, total: tqdm(looks, "check", total, unit="image", disable=None),
+    )
+    title = (
+        f"{cfg.dataset}: {len(labeled)} labelled, {len(unlabeled)} unlabelled and {len(val)} validation images in "
+        f"{data_root}, {cfg.nclass} classes"
+    )
+    table = class_table(inspection, cfg.classes)
+    verdict = _verdict(inspection, args.strict)
+    print("\n\n".join([title, format_findings(inspection, args.show), table, verdict]))
+    if output:
+        shares = class_shares(inspection, cfg.nclass)
+        report = "\n\n".join([title, format_findings(inspection), table, verdict, ""])
+        write_output(output, report, share_chart(cfg.classes, shares) if shares else None)
+        print(f"all findings are in {output / REPORT}" + (f", the classes in {output / CHART}" if shares else ""))
+    if inspection.at(ERROR) or (args.strict and inspection.at(WARNING)):
+        raise SystemExit(1)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: cannot be made: {error.strerror or error}") from None
+
+
+def _verdict(inspection: Inspection, strict: bool) -> str:
+    counts = {level: sum(map(len, inspection.at(level).values())) for level in LEVELS}
+    told = ", ".join(f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items())
+    if counts[ERROR]:
+        return f"{told}: training would stop at the first error"
+    return f"{told}: " + ("refused by --strict" if strict and counts[WARNING] else "nothing that stops training")
+
+
+if __name__ == "__main__":
+    run_main(main)
