@@ -46,8 +46,8 @@ def fixmatch_step(
         logits_x, logits_w = model(torch.cat([image_x, u.weak])).split([len(image_x), len(u.weak)])
         label_w, conf_w = pseudo_label(logits_w)
         loss_x = criterion(logits_x, label_x)
+        del logits_x, logits_w  # gone as soon as their gradients are there
         backward(loss_x / 2)
-    del logits_x, logits_w
 
     label = cutmix(label_w, label_mix, u.box1)
     conf = cutmix(conf_w, conf_mix, u.box1)

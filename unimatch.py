@@ -52,9 +52,10 @@ def unimatch_step(
         label_w, conf_w = pseudo_label(logits_w)
         loss_x = criterion(logits_x, label_x)
         loss_fp = consistency_loss(logits_fp, label_w, conf_w, u.ignore_mask, conf_thresh)
+        # The pseudo-labels are detached, so this part's activations are gone before the strong views' come; of the
+        # logits no name is left, so that they go as soon as their gradients are there.
+        del logits, logits_x, logits_w, logits_fp
         backward((loss_x + 0.5 * loss_fp) / 2)
-    # The pseudo-labels are detached, so this part's activations are gone before the strong views' come.
-    del logits, logits_x, logits_w, logits_fp
 
     def strong_loss(logits_s: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
         label = cutmix(label_w, label_mix, box)

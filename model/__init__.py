@@ -30,7 +30,8 @@ __all__ = [
 def build_model(cfg: Any, pretrained: bool = True) -> DeepLabV3Plus:
     """DeepLabV3+ as the config says, its backbone loaded with ImageNet weights.
 
-    Reads `cfg.backbone`, `cfg.nclass`, `cfg.dilations`, `cfg.replace_stride_with_dilation` and `cfg.pretrained`:
+    Reads `cfg.backbone`, `cfg.nclass`, `cfg.dilations`, `cfg.replace_stride_with_dilation`,
+    `cfg.checkpoint_activations` (if there is one) and `cfg.pretrained`:
     True stands for `pretrained/BACKBONE.pth`, a text for the path of a weights file, False for no weights.
     `pretrained=False` loads none whatever the config says, as suits a model whose checkpoint is loaded next.
 
@@ -38,7 +39,10 @@ def build_model(cfg: Any, pretrained: bool = True) -> DeepLabV3Plus:
     or an output stride that the backbone does not have.
     """
     model = DeepLabV3Plus(
-        create_backbone(cfg.backbone, cfg.replace_stride_with_dilation), nclass=cfg.nclass, dilations=cfg.dilations
+        create_backbone(cfg.backbone, cfg.replace_stride_with_dilation),
+        nclass=cfg.nclass,
+        dilations=cfg.dilations,
+        checkpoint_activations=getattr(cfg, "checkpoint_activations", "none"),
     )
     if pretrained and cfg.pretrained:
         load_pretrained(model.backbone, cfg.backbone, _weights_file(cfg))

@@ -18,6 +18,7 @@ from util.config import EVAL_MODES, load_config, resolve_path
 from util.distributed import choose_device, find_processes, process_group
 from util.evaluate import evaluate
 from util.metrics import iou_table
+from util.precision import check_precision, evaluation_copy, set_precision
 from util.run import loader_options
 
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args.config, args.overrides)
     processes = find_processes(args.port)
     device = choose_device(cfg.device, processes)
+    check_precision(cfg, device)
     samples, data_root = read_list(resolve_path(cfg.val_id_path)), resolve_path(cfg.data_root)
     if processes.is_main and cfg.check_data:
         check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map)
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             processes.count,
             cfg.label_map,
         )
-        result = evaluate(model.to(device), loader, mode, cfg.crop_size, cfg.nclass, device)
+        model = set_precision(evaluation_copy(model.to(device)), cfg)
+        result = evaluate(model, loader, mode, cfg.crop_size, cfg.nclass, device)
     if processes.is_main:
         print(f"{args.checkpoint}: IoU in percent ({mode}, {len(samples)} images)")
         print(iou_table(result.iou, cfg.classes))

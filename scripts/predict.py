@@ -24,6 +24,7 @@ from util.cli import add_common_arguments, run_main
 from util.config import Config, ConfigError, load_config, resolve_path
 from util.distributed import choose_device, find_processes
 from util.evaluate import predict
+from util.precision import check_precision, evaluation_copy, set_precision
 from util.visualize import colorize, panel
 
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     cfg = load_config(args.config, args.overrides)
     device = choose_device(cfg.device, find_processes())
+    check_precision(cfg, device)
     images = list(find_images(resolve_path(args.images), cfg))
     targets = [target for _, target, _ in images]
     if len(set(targets)) < len(targets):
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError(f"{args.images}: two images would both be predicted into {twice}; predict them separately")
     model = build_model(cfg, pretrained=False)
     load_checkpoint_state(model, read_checkpoint(resolve_path(args.checkpoint)), args.checkpoint)
-    model.to(device).eval()
+    model = set_precision(evaluation_copy(model.to(device)), cfg)
 
     output, rows = Path(args.output), []
     try:

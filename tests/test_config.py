@@ -105,6 +105,10 @@ WRONG_TYPES = {
     "cache": "all",
     "cache_gb": "much",
     "cache_dir": 5,
+    "channels_last": "yes",
+    "amp": "bf32",
+    "compile": 1,
+    "checkpoint_activations": "some",
     "check_data": "no",
     "log_interval": None,
     "eval_interval": "never",
@@ -512,6 +516,10 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
         "check_data": False,
         "log_interval": 7,
         "eval_interval": 2,
+        "channels_last": True,
+        "amp": "bf16",
+        "compile": True,
+        "checkpoint_activations": "none",
     }
     assert sorted(other) == sorted(NOT_SHAPING)
     assert differing_keys(saved, load_config(write(), other)) == []

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.reference import formulas
+from util import losses, straightforward
 from util.config import Criterion
-from util.losses import CrossEntropy, OhemCrossEntropy, build_criterion
+from util.losses import CrossEntropy, OhemCrossEntropy, build_criterion, kth_smallest, pixel_cross_entropy
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
 SEED = FIGURES["seed"]
@@ -149,6 +150,50 @@ def test_a_loss_is_one_graph_to_the_compiler(criterion):
     logits, label = _random(2)
     compiled = torch.compile(criterion, fullgraph=True, backend="eager")
     assert compiled(logits, label).item() == criterion(logits, label).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kth_smallest_is_that_of_a_sort(dtype):
+    rng = np.random.default_rng(0)
+    for values in (rng.random(999), rng.integers(0, 3, 50) / 2, 1e-38 * rng.random(20), np.append(np.zeros(5), 1e9)):
+        values = torch.from_numpy(values).to(dtype)
+        for k in {1, 2, len(values) // 2, len(values)}:
+            assert kth_smallest(values, k).tolist() == [values.sort().values[k - 1]]
+
+
+@pytest.mark.parametrize("min_kept", [1, 30, 700, 1400])
+@pytest.mark.parametrize("thresh", [0.05, 0.7])
+def test_what_devices_and_the_compiler_compute_keeps_the_same_pixels_as_a_sort(monkeypatch, thresh, min_kept):
+    logits, label = _random(3, shape=(2, 5, 31, 33))
+    results = []
+    for free in (True, False):  # on a device no branch looks at values
+        monkeypatch.setattr(losses, "_reading_is_free", lambda _, free=free: free)
+        results.append(OhemCrossEntropy(255, thresh, min_kept)(logits, label))
+    expected, kept = straightforward.ohem(logits, label, thresh, min_kept)
+    results[1].backward()
+    assert _kept(logits) == set(kept.flatten().nonzero().flatten().tolist())
+    assert torch.equal(*results) and results[0].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_cross_entropy_in_slices_is_torchs_with_its_gradient(monkeypatch, memory_format):
+    monkeypatch.setattr(losses, "CPU_SLICE", 5 * 2 * 6 * 3)  # three rows of four
+    logits, label = _random(4, shape=(2, 5, 4, 6))
+    logits = logits.detach().to(memory_format=memory_format).requires_grad_()
+    assert [len(part[0, 0]) for part in losses.slices(logits)] == [3, 1]
+    weight = torch.rand(2, 4, 6, dtype=torch.float64)
+    ours = pixel_cross_entropy(logits, label)
+    torchs = F.cross_entropy(logits, label, ignore_index=255, reduction="none")
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-15)
+    gradients = [torch.autograd.grad((loss * weight).sum(), logits)[0] for loss in (ours, torchs)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
+def test_the_gradient_of_a_slice_of_logits_stays_in_its_slice():
+    logits, label = _random(5, ignored=0.0)
+    first, _ = logits.split(1)
+    pixel_cross_entropy(first, label[:1]).sum().backward()
+    assert logits.grad[0].abs().sum() > 0 and not logits.grad[1].any()
 
 
 def test_the_criterion_is_the_configs():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from util import straightforward
 from util.metrics import confusion_matrix, iou_per_class, iou_table, mean_iou
 
 
@@ -33,6 +34,14 @@ def test_the_confusion_matrix_equals_a_loop_over_pixels(nclass, label_dtype):
         confusion = confusion_matrix(prediction, label.to(label_dtype), nclass)
         assert confusion.dtype == torch.int64
         assert confusion.tolist() == _slow(prediction, label, nclass)
+
+
+def test_the_confusion_matrix_has_the_sums_of_three_histograms():
+    prediction, label = _random(4, 7)
+    confusion = confusion_matrix(prediction, label, 7)
+    hits, predicted, true = straightforward.histograms(prediction.numpy(), label.numpy(), 7)
+    assert confusion.diagonal().tolist() == hits.tolist()
+    assert (confusion.sum(0).tolist(), confusion.sum(1).tolist()) == (predicted.tolist(), true.tolist())
 
 
 def test_what_is_predicted_on_ignored_pixels_does_not_count():

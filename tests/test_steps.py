@@ -17,6 +17,7 @@ from supervised import supervised_step
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state
 from unimatch import unimatch_step
+from util import straightforward
 from util.config import Criterion
 from util.losses import build_criterion
 from util.schedule import build_optimizer, set_poly_lr
@@ -116,6 +117,23 @@ def test_gradients_of_the_parts_equal_those_of_the_whole_loss(method):
 
     for in_parts, in_one in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(in_parts, in_one, rtol=1e-10, atol=1e-14)
+
+
+def test_a_unimatch_step_equals_the_straightforward_one():
+    def step(function, *args) -> tuple[float, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = _model("resnet18").double()
+        torch.manual_seed(1)
+        result = function(model, _batch(0, batch=2, size=33), *args)
+        loss = result["loss"] if isinstance(result, dict) else result
+        return float(loss), [p.grad for p in model.parameters()]
+
+    criterion = build_criterion(SimpleNamespace(criterion=Criterion()))
+    loss, gradients = step(unimatch_step, criterion, 0.3, torch.Tensor.backward)
+    expected, expected_gradients = step(straightforward.unimatch_step, straightforward.cross_entropy, 0.3)
+    assert loss == pytest.approx(expected, rel=1e-12)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", ["unimatch", "fixmatch"])

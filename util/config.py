@@ -114,6 +114,12 @@ class Config:
     cache: Literal["none", "ram", "disk"] = _key("keep decoded images and labels in shared memory or on a disk", "none")
     cache_gb: float = _key("size of the cache in GB (1e9 bytes); once it is full it stays as it is", 16.0, above=0)
     cache_dir: str | None = _key("folder for cache: disk, best on a local disk; default: ~/.cache/unimatch", None)
+    channels_last: bool = _key("channels innermost in memory, which 16-bit kernels are made for", False)
+    amp: Literal["none", "bf16", "fp16"] = _key("16-bit autocast of the forward passes; fp16 needs a GPU", "none")
+    compile: bool = _key("torch.compile the model; its first steps take minutes, and it needs a C++ compiler", False)
+    checkpoint_activations: Literal["none", "backbone", "all"] = _key(
+        "what is computed again in the backward pass instead of kept in memory; gradients are the same", "none"
+    )
     check_data: bool = _key("check images and labels before training starts", True)
     log_interval: int = _key("iterations between two lines of the log", 50, minimum=1)
     eval_interval: int = _key("epochs between two evaluations, each of which saves a checkpoint", 1, minimum=1)
@@ -139,10 +145,11 @@ class Config:
             object.__setattr__(self, name, value)
 
 
-# Keys that change where or how fast a run computes, not what: a run may resume with others.
+# Keys that change where, how fast or how finely rounded a run computes, not what: a run may resume with others.
 NOT_SHAPING = (
     *("data_root", "classes", "palette", "device", "check_data", "log_interval", "eval_interval"),
     *("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "cache_gb", "cache_dir"),
+    *("channels_last", "amp", "compile", "checkpoint_activations"),
 )
 
 
@@ -315,6 +322,8 @@ def _check_rules(cfg: Config, given: Mapping[str, Any], where: typing.Callable[[
             "the first must be false: low-level features need layer2's stride "
             "(16: [false, false, true], 8: [false, true, true])",
         )
+    if cfg.compile and cfg.checkpoint_activations != "none":
+        fail("compile", "the compiler chooses by itself what to compute again: set checkpoint_activations: none")
     if len(set(cfg.classes)) != len(cfg.classes):
         twice = next(name for name in cfg.classes if cfg.classes.count(name) > 1)
         fail("classes", f"'{twice}' is listed twice")

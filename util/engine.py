@@ -21,6 +21,7 @@ from util.distributed import all_reduce_sum, process_count, unwrap
 from util.evaluate import Result, evaluate
 from util.log import peak_memory_gb
 from util.metrics import iou_table
+from util.precision import build_scaler, evaluation_copy
 from util.run import Run
 from util.schedule import set_poly_lr
 
@@ -46,15 +47,18 @@ def fit(
     Evaluate and save after each epoch, or after each `eval_interval`-th and the last one.
     """
     cfg, log = run.cfg, run.log
-    done = _resume(run, model, optimizer, len(loader))
+    scaler = build_scaler(cfg, run.device)
+    done = _resume(run, model, optimizer, scaler, len(loader))
     clock = _Clock(len(loader), cfg.epochs, done["epoch"])
     for epoch in range(done["epoch"], cfg.epochs):
-        train_one_epoch(run, epoch, optimizer, loader, train_step, clock)
+        train_one_epoch(run, epoch, optimizer, scaler, loader, train_step, clock)
         _check_finite(model, epoch)
         if (epoch + 1) % cfg.eval_interval and epoch + 1 < cfg.epochs:
             continue
         started = time.perf_counter()
-        result = evaluate(unwrap(model), val_loader, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device)
+        result = evaluate(
+            evaluation_copy(unwrap(model)), val_loader, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
+        )
         improved = result.miou > done["previous_best"]
         done.update(epoch=epoch + 1, iteration=(epoch + 1) * len(loader), last_miou=result.miou)
         if improved:
@@ -62,6 +66,8 @@ def fit(
         _report(run, done, result, time.perf_counter() - started)
         if run.processes.is_main:
             state = {"model": unwrap(model).state_dict(), "optimizer": optimizer.state_dict(), **done}
+            if scaler.is_enabled():
+                state["scaler"] = scaler.state_dict()
             # Best before latest: a run killed between the two repeats the epoch and writes the same again.
             path = run.save_path / (BEST if improved else LATEST)
             save_checkpoint({**state, "config": to_dict(cfg), "run": run.identity}, path)
@@ -74,13 +80,23 @@ def fit(
 
 
 def train_one_epoch(
-    run: Run, epoch: int, optimizer: torch.optim.Optimizer, loader: DataLoader, train_step: TrainStep, clock: _Clock
+    run: Run,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: DataLoader,
+    train_step: TrainStep,
+    clock: _Clock,
 ) -> None:
     """One pass of the loader. Metrics stay on the device and are read every `log_interval` iterations."""
     cfg, log = run.cfg, run.log
     total = cfg.epochs * len(loader)
     images = cfg.batch_size * run.processes.count * (1 if run.unlabeled is None else 2)
     metrics = StepMetrics()
+
+    def backward(part: torch.Tensor) -> None:
+        scaler.scale(part).backward()
+
     loader.sampler.set_epoch(epoch)
     with log.bar(len(loader), f"epoch {epoch + 1}/{cfg.epochs}") as bar:
         for index, batch in enumerate(clock.waits(loader)):
@@ -89,8 +105,9 @@ def train_one_epoch(
             # Channel dropout draws from torch's generator: seeded anew, it depends on the step alone.
             torch.manual_seed(step_seed(cfg.seed, epoch, index, run.processes.rank))
             optimizer.zero_grad(set_to_none=True)
-            metrics.append(iteration, train_step(to_device(batch, run.device), torch.Tensor.backward))
-            optimizer.step()
+            metrics.append(iteration, train_step(to_device(batch, run.device), backward))
+            scaler.step(optimizer)
+            scaler.update()
             bar.update()
             if (index + 1) % cfg.log_interval == 0 or index + 1 == len(loader):
                 means = metrics.read()
@@ -172,17 +189,22 @@ class _Clock:
         return text
 
 
-def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+def _resume(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, steps: int
+) -> dict[str, Any]:
     """Load the run's checkpoint, if there is one, and say where training stands."""
     state = run.checkpoint
     done = {"epoch": 0, "iteration": 0, "previous_best": -math.inf, "best_epoch": 0, "last_miou": math.nan}
     if state is None:
         return done
     unwrap(model).load_state_dict(state["model"])
-    rates = [group["base_lr"] for group in optimizer.param_groups]
+    if "scaler" in state:
+        scaler.load_state_dict(state["scaler"])
+    # Not the saved ones: rates with scale_lr and another number of processes, `fused` on another device.
+    own = [{key: group[key] for key in ("base_lr", "fused")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["base_lr"] = rate  # with scale_lr and another number of processes it is not the saved one
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
     done = {key: state.get(key, value) for key, value in done.items()}
     run.log.info(
         f"continuing from {run.save_path / LATEST}: {done['epoch']} of {run.cfg.epochs} epochs are done, "

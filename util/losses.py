@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from util.config import Config
 
 
+# Logits are gone through in slices of so many values: on a CPU they stay in its cache, a device is kept busy.
+CPU_SLICE, DEVICE_SLICE = 2**20, 2**26
+
+
 class CrossEntropy(nn.Module):
     """Cross entropy, mean over the pixels that are not ignored; 0, not NaN, where there are none."""
 
@@ -23,7 +27,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """logits (B, C, H, W) float, label (B, H, W) int64 -> scalar."""
-        total = F.cross_entropy(logits, label, ignore_index=self.ignore_index, reduction="sum")
+        total = pixel_cross_entropy(logits, label, self.ignore_index).sum()
         return total / (label != self.ignore_index).sum().clamp(min=1)
 
 
@@ -41,14 +45,91 @@ class OhemCrossEntropy(nn.Module):
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """logits (B, C, H, W) float, label (B, H, W) int64 -> scalar."""
-        loss = F.cross_entropy(logits, label, ignore_index=self.ignore_index, reduction="none")
+        loss = pixel_cross_entropy(logits, label, self.ignore_index)
         kept = label != self.ignore_index
         if 0 < self.min_kept <= loss.numel():
             prob = torch.exp(-loss.detach())  # 1 on ignored pixels, whose loss is 0
-            threshold = prob.flatten().kthvalue(self.min_kept).values.clamp(min=self.thresh)
-            few_valid = kept.sum() < self.min_kept
-            kept = kept & ((prob <= threshold) | few_valid)
+            hard = prob <= self.thresh
+            if not (_reading_is_free(hard) and hard.sum() >= self.min_kept):  # else q <= thresh
+                hard = prob <= kth_smallest(prob, self.min_kept).clamp(min=self.thresh)
+            kept = kept & (hard | (kept.sum() < self.min_kept))
         return (loss * kept).sum() / kept.sum().clamp(min=1)
+
+
+def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
+    """F.cross_entropy(..., reduction="none") of logits (B, C, H, W) -> (B, H, W), in float32 for 16-bit logits.
+
+    Slice by slice: neither pass holds a softmax of the whole batch, and the backward pass needs the logits alone.
+    """
+    return _PixelCrossEntropy.apply(logits, label, ignore_index)
+
+
+class _PixelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, label: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        ctx.save_for_backward(logits, label)
+        ctx.ignore_index = ignore_index
+        return torch.cat(
+            [
+                F.cross_entropy(upcast(part), true, ignore_index=ignore_index, reduction="none")
+                for part, true in zip(slices(logits), slices(label, logits), strict=True)
+            ],
+            dim=-2,
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, label = ctx.saved_tensors
+        valid = label != ctx.ignore_index
+        gradient = torch.where(valid, gradient, 0).unsqueeze(1)
+        label = torch.where(valid, label, 0).unsqueeze(1)
+        result = torch.empty_like(logits)
+        parts = zip(slices(logits), slices(label, logits), slices(gradient, logits), slices(result), strict=True)
+        for part, true, weight, out in parts:
+            # (softmax - one-hot) * weight
+            prob = upcast(part).softmax(dim=1).mul_(weight)
+            out.copy_(prob.scatter_add_(1, true, -weight))
+        return result, None, None
+
+
+def upcast(logits: torch.Tensor) -> torch.Tensor:
+    """float32 for logits of 16 bits, in which autocast computes; others as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def slices(tensor: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Views of some rows each of (..., H, W): as many as suit logits of this shape, or those of `like`."""
+    like = tensor if like is None else like
+    size = CPU_SLICE if like.device.type == "cpu" else DEVICE_SLICE
+    return tensor.split(max(1, size * like.shape[-2] // max(1, like.numel())), dim=-2)
+
+
+def _reading_is_free(tensor: torch.Tensor) -> bool:
+    """Whether a branch may look at values: for a device the host would wait, and the compiler has none."""
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The `k`-th smallest (from 1) of non-negative floats -> (1,). Exact, on the device, neither sorting nor waiting.
+
+    Bit patterns of such floats order like integers: their digits of 16 bits are found by counting, the highest first.
+    """
+    integer = {4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = values.flatten().view(integer)
+    one = torch.ones((), dtype=torch.int64, device=bits.device).expand(len(bits))
+    rank = torch.full((1,), k, dtype=torch.int64, device=bits.device)
+    prefix = torch.zeros(1, dtype=integer, device=bits.device)
+    for shift in range(8 * values.element_size() - 16, -1, -16):
+        high = bits >> shift
+        # Values that differ in a higher digit are counted in a bin of their own, behind the others.
+        digit = torch.where(high >> 16 == prefix, high & 0xFFFF, 0x10000)
+        counts = torch.zeros(0x10001, dtype=torch.int64, device=bits.device).scatter_add_(0, digit.long(), one)
+        upto = counts.cumsum(0)
+        found = torch.searchsorted(upto, rank)
+        rank = rank - (upto - counts).gather(0, found)
+        prefix = (prefix << 16) | found.to(integer)
+    return prefix.view(values.dtype)
 
 
 def build_criterion(cfg: Config) -> nn.Module:

@@ -12,14 +12,15 @@ from dataset.files import IGNORE_INDEX
 def confusion_matrix(prediction: torch.Tensor, label: torch.Tensor, nclass: int) -> torch.Tensor:
     """int64 (C, C) counts of pixels, rows the true class, columns the predicted one; ignored pixels left out.
 
-    `prediction` and `label` are integer maps of one shape, on one device.
+    `prediction` and `label` are integer maps of one shape, on one device. Raises RuntimeError for a label that is
+    neither a class nor 255.
     """
-    valid = label != IGNORE_INDEX
-    # Ignored pixels go to a cell of their own, which is cut off: cheaper than selecting the valid ones. As it is the
-    # first, a label beyond the classes cannot fall into it: the counts get too long, and the view fails.
-    cell = torch.where(valid, label.long() * nclass + prediction.long() + 1, 0)
-    counts = torch.bincount(cell.flatten(), minlength=nclass * nclass + 1)
-    return counts[1:].view(nclass, nclass)
+    # 255 gets counted in a row like the classes, and is cut off: cheaper than selecting the valid pixels.
+    cell = torch.add(prediction.int(), label.int(), alpha=nclass)
+    counts = torch.bincount(cell.flatten(), minlength=nclass * (IGNORE_INDEX + 1)).view(IGNORE_INDEX + 1, nclass)
+    if counts[nclass:IGNORE_INDEX].any():
+        raise RuntimeError(f"a label beyond the {nclass} classes is not {IGNORE_INDEX}")
+    return counts[:nclass]
 
 
 def iou_per_class(confusion: torch.Tensor) -> torch.Tensor:

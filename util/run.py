@@ -24,6 +24,7 @@ from util.checkpoint import CONFIG_FILE, LOG_FILE, find_checkpoint, set_aside
 from util.config import Config, ConfigError, check_batch, load_config, resolve_path, to_dict
 from util.distributed import Processes, choose_device, find_processes, local_process_count, process_group
 from util.log import RunLog
+from util.precision import check_precision, describe_precision, set_precision
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Run:
 
     def build_model(self) -> nn.Module:
         """The model, with ImageNet weights if the config says so and no checkpoint is going to replace them."""
-        return build_model(self.cfg, pretrained=self.checkpoint is None)
+        return set_precision(build_model(self.cfg, pretrained=self.checkpoint is None), self.cfg)
 
     def train_loader(self, strong_views: int = 2) -> DataLoader:
         """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
@@ -115,6 +116,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             )
     processes = find_processes(args.port)
     device = choose_device(cfg.device, processes)
+    check_precision(cfg, device)
     labeled, unlabeled, val = _find_lists(method, cfg, args)
     check_batch(cfg, method, processes.count, len(labeled), None if unlabeled is None else len(unlabeled))
     save_path, checkpoint = Path(args.save_path), None
@@ -221,6 +223,7 @@ def _describe(run: Run) -> list[str]:
         f"{run.method} on {cfg.dataset} ({images} images, {cfg.nclass} classes), saved in {run.save_path}",
         f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "
         f"process{'es' * (count > 1)} on {run.device.type}",
+        describe_precision(cfg),
         f"batch: {per_step} labelled{unlabeled} images a step ({cfg.batch_size} x {count}); the recipe's reference is "
         f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",
     ]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dataset.files import IGNORE_INDEX
 from dataset.semi import UnlabeledViews
+from util.losses import pixel_cross_entropy, slices, upcast
 
 
 def pseudo_label(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (B, C, H, W) -> pseudo-label int64 (B, H, W) and its confidence (B, H, W), both detached."""
-    conf, label = logits.detach().softmax(dim=1).max(dim=1)
-    return label, conf
+    labels, confs = [], []
+    for part in slices(logits.detach()):
+        top, label = upcast(part).max(dim=1, keepdim=True)
+        labels.append(label.squeeze(1))
+        # The largest softmax probability is exp(top) / sum(exp(logits)).
+        confs.append((upcast(part) - top).exp_().sum(dim=1).reciprocal_())
+    return torch.cat(labels, dim=1), torch.cat(confs, dim=1)
 
 
 @torch.no_grad()
@@ -48,7 +53,7 @@ def consistency_loss(
     Divided by the valid, not by the confident, pixels: where few are confident they weigh little. 0 if none is valid.
     """
     valid = ignore_mask != IGNORE_INDEX
-    loss = F.cross_entropy(logits, label, reduction="none")
+    loss = pixel_cross_entropy(logits, label)
     return (loss * (valid & (conf >= conf_thresh))).sum() / valid.sum().clamp(min=1)
 
 

@@ -1,6 +1,7 @@
 """Backbones: modules whose `forward(x)` gives two feature maps, c1 at stride 4 and c4 at the output stride.
 
-Their widths are the attributes `c1_channels` and `c4_channels`.
+Their widths are the attributes `c1_channels` and `c4_channels`; with `checkpoint_activations` set, a block keeps its
+input only and is computed again in the backward pass.
 """
 
 from __future__ import annotations

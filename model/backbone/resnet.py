@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from model.recompute import run
+
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
     """3x3 convolution without bias that pads by its dilation: it keeps the size at stride 1."""
@@ -73,6 +75,8 @@ class ResNet(nn.Module):
     (False, False, True) gives output stride 16, (False, True, True) gives 8.
     """
 
+    checkpoint_activations = False
+
     def __init__(
         self,
         block: type[BasicBlock | Bottleneck],
@@ -127,10 +131,22 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) -> c1, the output of stage 1 at stride 4, and c4, that of stage 4."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        c1 = self.layer1(x)
-        c4 = self.layer4(self.layer3(self.layer2(c1)))
-        return c1, c4
+        return forward_stages(self, x)
+
+
+def forward_stages(resnet: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Stem and stages of a ResNet, ours or torchvision's: c1 and c4."""
+
+    def stem(x: Tensor) -> Tensor:
+        return resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
+
+    def stage(blocks: nn.Sequential, x: Tensor) -> Tensor:
+        for block in blocks:
+            x = run(block, x, again=resnet.checkpoint_activations)
+        return x
+
+    c1 = stage(resnet.layer1, run(resnet, x, again=resnet.checkpoint_activations, function=stem))
+    return c1, stage(resnet.layer4, stage(resnet.layer3, stage(resnet.layer2, c1)))
 
 
 def resnet18(replace_stride_with_dilation: tuple[bool, bool, bool]) -> ResNet:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from model.backbone.resnet import forward_stages
+
 
 class TorchvisionResNet(ResNet):
     """torchvision's ResNet without its classifier; `blocks`: blocks in each of the four stages."""
 
     c1_channels = 256
     c4_channels = 2048
+    checkpoint_activations = False
 
     def __init__(self, blocks: list[int], replace_stride_with_dilation: tuple[bool, bool, bool]) -> None:
         super().__init__(Bottleneck, blocks, replace_stride_with_dilation=list(replace_stride_with_dilation))
@@ -21,10 +24,7 @@ class TorchvisionResNet(ResNet):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) -> c1, the output of stage 1 at stride 4, and c4, that of stage 4."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        c1 = self.layer1(x)
-        c4 = self.layer4(self.layer3(self.layer2(c1)))
-        return c1, c4
+        return forward_stages(self, x)
 
 
 def resnet50_tv(replace_stride_with_dilation: tuple[bool, bool, bool]) -> TorchvisionResNet:

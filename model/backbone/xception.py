@@ -11,6 +11,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.recompute import run
+
 # Of every BatchNorm here; ImageNet training used it, and fine-tuning keeps it.
 BN_MOMENTUM = 0.0003
 
@@ -73,6 +75,7 @@ class Xception65(nn.Module):
 
     c1_channels = 256
     c4_channels = 2048
+    checkpoint_activations = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,13 +103,17 @@ class Xception65(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) -> c1, inside block 2 before its stride (stride 4), and c4 (stride 16)."""
-        x = F.relu_(self.bn1(self.conv1(x)))
-        x = F.relu_(self.bn2(self.conv2(x)))
-        x, _ = self.block1(x)
-        x, c1 = self.block2(x)
+        again = self.checkpoint_activations
+        x, _ = run(self.block1, run(self, x, again=again, function=self._stem), again=again)
+        x, c1 = run(self.block2, x, again=again)
         for i in range(3, 21):
-            x, _ = getattr(self, f"block{i}")(x)
-        return c1, self.conv5(self.conv4(self.conv3(x)))
+            x, _ = run(getattr(self, f"block{i}"), x, again=again)
+        for conv in (self.conv3, self.conv4, self.conv5):
+            x = run(conv, x, again=again)
+        return c1, x
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return F.relu_(self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x))))))
 
 
 def xception65(replace_stride_with_dilation: tuple[bool, bool, bool]) -> Xception65:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.recompute import run
+
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> list[nn.Module]:
     """Convolution that keeps the size, BN, ReLU: the layers, so that they can stand in a longer Sequential."""
@@ -62,16 +64,27 @@ class DeepLabV3Plus(nn.Module):
     """Backbone, ASPP head on c4, decoder on its output and c1, per-pixel classifier.
 
     `backbone(x)` gives (c1, c4); the decoder is an eighth of c4 wide (256 for 2048).
+    `checkpoint_activations`: the parts that are computed again in the backward pass, "none", "backbone" or "all".
+    `autocast_dtype`, a 16-bit type, is what the forward pass computes in where that is safe; logits are float32.
     `fp_dropout` is the rate of the channel dropout of the feature perturbation; 0 turns it off.
     """
 
     REDUCED_CHANNELS = 48  # of c1, lest it outweighs the head's output
 
-    def __init__(self, backbone: nn.Module, nclass: int, dilations: Sequence[int] = (6, 12, 18)) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        nclass: int,
+        dilations: Sequence[int] = (6, 12, 18),
+        checkpoint_activations: str = "none",
+    ) -> None:
         super().__init__()
         width = backbone.c4_channels // 8
         self.fp_dropout = 0.5
+        self.autocast_dtype: torch.dtype | None = None
         self.backbone = backbone
+        self.backbone.checkpoint_activations = checkpoint_activations != "none"
+        self._decode_again = checkpoint_activations == "all"
         self.head = ASPP(backbone.c4_channels, width, dilations)
         self.reduce = nn.Sequential(*conv_bn_relu(backbone.c1_channels, self.REDUCED_CHANNELS, 1))
         self.fuse = nn.Sequential(
@@ -85,20 +98,41 @@ class DeepLabV3Plus(nn.Module):
 
         logits_fp come from the same features after channel dropout (UniMatch, section 3.2), in eval mode as well.
         """
+        if self.autocast_dtype is None:
+            logits = self._logits(x, need_fp)
+        else:
+            with torch.autocast(x.device.type, self.autocast_dtype):
+                # In float32 before upsampling: rounded to 16 bits, neighbouring pixels' logits and classes would tie.
+                logits = self._logits(x, need_fp).float()
+        logits = resize(logits, x.shape[2:])
+        return logits.chunk(2) if need_fp else logits
+
+    def _logits(self, x: Tensor, need_fp: bool) -> Tensor:
+        """Logits at stride 4, (B, nclass, h, w), or clean and perturbed ones (2 B, nclass, h, w)."""
         c1, c4 = self.backbone(x)
         if not need_fp:
-            return resize(self._decode(c1, c4), x.shape[2:])
-        # Clean and dropped features go through the decoder as one batch: its BN statistics cover both.
-        c1 = torch.cat([c1, self._drop_channels(c1)])
-        c4 = torch.cat([c4, self._drop_channels(c4)])
-        logits, logits_fp = resize(self._decode(c1, c4), x.shape[2:]).chunk(2)
-        return logits, logits_fp
+            return self._decode(c1, c4)
+        # Drawn for c1 first. Functions, not modules, so that eval mode does not turn them off.
+        drops = [F.dropout2d(c.new_ones(*c.shape[:2], 1, 1), self.fp_dropout, training=True) for c in (c1, c4)]
+        return self._decode(c1, c4, *drops)
 
-    def _drop_channels(self, x: Tensor) -> Tensor:
-        # A function, not a module, so that eval mode does not turn it off.
-        return F.dropout2d(x, self.fp_dropout, training=True)
+    def _decode(self, c1: Tensor, c4: Tensor, *drops: Tensor) -> Tensor:
+        """(B, c1_channels, h, w), (B, c4_channels, ., .) -> logits (B, nclass, h, w).
 
-    def _decode(self, c1: Tensor, c4: Tensor) -> Tensor:
-        """(B, c1_channels, h, w), (B, c4_channels, ., .) -> logits (B, nclass, h, w)."""
-        c4 = resize(self.head(c4), c1.shape[2:])
-        return self.classifier(self.fuse(torch.cat([self.reduce(c1), c4], dim=1)))
+        With `drops`, factors (B, channels, 1, 1) for c1 and c4, clean and dropped features go through the decoder as
+        one batch of 2 B: its BN statistics cover both.
+        """
+        drop1, drop4 = drops or (None, None)
+        c4 = run(self, c4, drop4, again=self._decode_again, function=self._context)
+        return run(self, c1, c4, drop1, again=self._decode_again, function=self._classify)
+
+    def _context(self, c4: Tensor, drop: Tensor | None) -> Tensor:
+        return self.head(_with_dropped(c4, drop))
+
+    def _classify(self, c1: Tensor, context: Tensor, drop: Tensor | None) -> Tensor:
+        context = resize(context, c1.shape[2:])
+        return self.classifier(self.fuse(torch.cat([self.reduce(_with_dropped(c1, drop)), context], dim=1)))
+
+
+def _with_dropped(features: Tensor, drop: Tensor | None) -> Tensor:
+    return features if drop is None else torch.cat([features, features * drop])

@@ -1,0 +1,74 @@
+"""How a model computes: 16-bit autocast, memory format, compilation. All off is the default and the published way."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from model import DeepLabV3Plus
+from util.config import Config, ConfigError
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(cfg: Config, device: torch.device) -> None:
+    """Raise ConfigError where `device` or this machine cannot compute as the config says."""
+    if cfg.amp == "fp16" and device.type != "cuda":
+        raise ConfigError(f"amp: fp16 needs a GPU, and this run is on {device.type}: use bf16 or none")
+    if cfg.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        raise ConfigError(
+            "compile: true needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found: install one, or use "
+            "--set compile=false"
+        )
+
+
+def set_precision(model: DeepLabV3Plus, cfg: Config) -> DeepLabV3Plus:
+    """The same model, set to compute as the config says; names and values in its state dict stay."""
+    model.autocast_dtype = AMP_DTYPES[cfg.amp]
+    if cfg.channels_last:
+        model.to(memory_format=torch.channels_last)  # convolutions pass their weights' format on
+    if cfg.compile:
+        model.compile()
+    return model
+
+
+def build_scaler(cfg: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss so that gradients in float16 do not vanish; passes everything through with another `amp`."""
+    return torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+
+
+def describe_precision(cfg: Config) -> str:
+    """One line for the log."""
+    parts = [
+        "float32" if cfg.amp == "none" else f"{cfg.amp} autocast (logits, softmax and losses in float32)",
+        "channels_last" if cfg.channels_last else "contiguous",
+        "compiled" if cfg.compile else "eager",
+        f"activations computed again: {cfg.checkpoint_activations}",
+    ]
+    return f"computing: {', '.join(parts)}"
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode, made faster: each BatchNorm folded into the convolution before it.
+
+    That convolution is the module registered before the BatchNorm, as in all models here. On a CPU the memory format
+    is channels_last, too. Outputs are the same but for rounding; the copy cannot be trained on.
+    """
+    model = copy.deepcopy(model).eval()
+    previous, folded = None, {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(previous, nn.Conv2d):
+            fused = nn.utils.fusion.fuse_conv_bn_eval(previous, module)
+            previous.weight, previous.bias = fused.weight, fused.bias
+            folded[name] = nn.Identity()
+        if not list(module.children()):
+            previous = module
+    for name, identity in folded.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, identity)  # set_submodule is not in torch 2.4
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return model.to(memory_format=torch.channels_last) if on_cpu else model
