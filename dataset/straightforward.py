@@ -34,7 +34,11 @@ class StraightforwardDataset(TrainDataset):
 
     def __getitem__(self, key: Key) -> Any:
         labeled = self._labeled(key)
-        return labeled if self.unlabeled is None else (labeled, self._views(key, 0), self._views(key, 1))
+        return labeled if self.unlabeled is None else (labeled, *self.pair(key))
+
+    def pair(self, key: Key) -> tuple[UnlabeledViews, UnlabeledViews]:
+        """The views of the unlabelled image and of its CutMix partner."""
+        return self._views(key, 0), self._views(key, 1)
 
     def _labeled(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.labeled[key.labeled % len(self.labeled)]

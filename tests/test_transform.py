@@ -364,7 +364,7 @@ def test_a_crop_is_that_of_the_whole_resized_picture_up_to_a_level_in_few_pixels
         )
         assert np.abs(found - expected).max() <= 2
         off.append((found != expected).any(axis=2).mean())
-    assert np.mean(off) <= 0.01  # 0.002 on photographs, of which these are caricatures
+    assert np.mean(off) <= 0.003
 
 
 def test_only_the_pixels_that_a_crop_depends_on_are_read():
