@@ -9,6 +9,7 @@ import io
 import os
 import posixpath
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
 from dataset.errors import DataError
 
 IGNORE_INDEX = 255
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+_ALLOW_OUTSIDE = "allow_outside_root: true permits that"
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+# Whatever its name, a file with PostScript in it would be run by Ghostscript.
+EpsImagePlugin.gs_binary = False
 
 
 class Sample(NamedTuple):
@@ -33,12 +37,26 @@ class Sample(NamedTuple):
     label: str | None
 
 
-def read_list(path: str | Path, labels: bool = True) -> list[Sample]:
+def limit_image_pixels(pixels: int) -> None:
+    """Refuse, in this process and from now on, images and labels of more pixels than that, before decoding them.
+
+    A file of some kB can hold billions of pixels. This sets Pillow's own limit, which is one for the whole process.
+    """
+    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow refuses twice as many; above this number it only warns
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def image_pixel_limit() -> int:
+    """The number of pixels from which on images are refused in this process."""
+    return int(2 * Image.MAX_IMAGE_PIXELS)
+
+
+def read_list(path: str | Path, labels: bool = True, inside: str | Path | None = None) -> list[Sample]:
     """Read a list file: `image label` or just `image` a line, blank lines and `#` comments allowed.
 
     Columns are separated by white space. A line with a tab in it, were it the line's last character, is split at tabs
-    only, so that names may contain spaces. With `labels`, every line must have a label. Raises DataError for a missing,
-    empty or malformed list.
+    only, so that names may contain spaces. With `labels`, every line must have a label. With `inside`, the data root,
+    no path may leave that folder. Raises DataError for a missing, empty or malformed list.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some Windows programs begin a file with a mark
@@ -62,20 +80,35 @@ def read_list(path: str | Path, labels: bool = True) -> list[Sample]:
             raise DataError(
                 f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
             )
+        for column in columns:
+            if inside is not None and not is_inside(column, inside):
+                raise DataError(f"{path}:{number}: {column} lies outside data_root ({inside}); {_ALLOW_OUTSIDE}")
         samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
     if not samples:
         raise DataError(f"{path}: the list is empty")
     return samples
 
 
-def find_unlabeled(source: str | Path, data_root: str | Path, labeled: Sequence[Sample]) -> list[Sample]:
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether `path`, taken from `folder`, is in it, to go by the text: links are not followed, they may lead out."""
+    folder = os.path.abspath(folder)
+    return os.path.join(location(folder, path), "").startswith(os.path.join(folder, ""))
+
+
+def find_unlabeled(
+    source: str | Path, data_root: str | Path, labeled: Sequence[Sample], allow_outside: bool = False
+) -> list[Sample]:
     """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
 
-    Their labels, listed or not, are dropped here: nothing after this could open one. Raises DataError.
+    Their labels, listed or not, are dropped here: nothing after this could open one. Unless `allow_outside`, no path
+    may leave `data_root`. Raises DataError.
     """
     folder = Path(data_root) / source
     if Path(source).is_file():
-        images = [sample.image for sample in read_list(source, labels=False)]
+        listed = read_list(source, labels=False, inside=None if allow_outside else data_root)
+        images = [sample.image for sample in listed]
+    elif not allow_outside and not is_inside(source, data_root):
+        raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {_ALLOW_OUTSIDE}")
     elif folder.is_dir():
         images = images_in(folder, Path(data_root))
     else:
@@ -172,8 +205,15 @@ def _faults_named(path: str | Path, kind: str) -> Iterator[None]:
         raise DataError(
             f"{path}: no such {kind} (listed paths are relative to data_root)", f"missing {kind}s"
         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        detail = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise DataError(
+            f"{path}: the {kind} has {pixels[0] if pixels else 'too many'} pixels, max_image_pixels is "
+            f"{image_pixel_limit()}: raise it if the {kind} is meant to be so large",
+            f"{kind}s of more than max_image_pixels",
+        ) from None
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them meet
+        detail = "no known image format" if isinstance(error, UnidentifiedImageError) else _one_line(error)
         message = f"{path}: unreadable {kind}, truncated or damaged: {detail}"
         raise DataError(message, f"unreadable {kind}s") from None
 
@@ -261,12 +301,8 @@ def label_faults(
     An unreadable image's size is None and fits every label.
     """
     path, label_map = root / sample.label, label_map or {}
-    if image_size not in (None, label_size):
-        yield DataError(
-            f"{path}: the label is {label_size[0]} x {label_size[1]} pixels, its image {root / sample.image} "
-            f"is {image_size[0]} x {image_size[1]}{_orientation_hint(root / sample.image, label_size)}",
-            "labels of another size than their image",
-        )
+    if fault := size_fault(sample, root, image_size or label_size, label_size):
+        yield fault
     if any(nclass <= label_map.get(value, value) != IGNORE_INDEX for value in found):
         mask = not label_map and len(found) == 2 and found[0] == 0 and found[1] >= 128
         named = f", and those in label_map ({_few(sorted(label_map))})" if label_map else ""
@@ -300,6 +336,20 @@ def _orientation_hint(path: Path, label_size: tuple[int, int]) -> str:
     return (
         f": its EXIF orientation {number} turns it in a viewer, but not here; turn the image's pixels as it says and "
         "remove it, or turn the label to fit the stored pixels"
+    )
+
+
+def size_fault(
+    sample: Sample, root: Path, image_size: tuple[int, int], label_size: tuple[int, int]
+) -> DataError | None:
+    """The fault of a label that has another (width, height) than its image."""
+    if label_size == image_size:
+        return None
+    return DataError(
+        f"{root / sample.label}: the label is {label_size[0]} x {label_size[1]} pixels, its image "
+        f"{root / sample.image} is {image_size[0]} x {image_size[1]}"
+        f"{_orientation_hint(root / sample.image, label_size)}",
+        "labels of another size than their image",
     )
 
 
@@ -337,7 +387,11 @@ def shared_images(samples: Sequence[Sample], others: Sequence[Sample], data_root
     return [sample.image for sample in samples if location(data_root, sample.image) in taken]
 
 
-def location(data_root: str | Path, image: str) -> str:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def location(data_root: str | Path, image: str | Path) -> str:
     """The same text for the same path, however a list writes it."""
     return os.path.abspath(os.path.join(data_root, image))
 

@@ -32,7 +32,9 @@ from dataset.files import (
     IGNORE_INDEX,
     Sample,
     check_root,
+    image_pixel_limit,
     label_faults,
+    limit_image_pixels,
     location,
     mask_fault,
     open_image,
@@ -261,7 +263,7 @@ def _map(work: Callable[[Sample], Look], samples: Sequence[Sample], workers: int
     if workers <= 1:
         yield from map(work, samples)
         return
-    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(image_pixel_limit(),)) as pool:
         try:
             yield from pool.map(work, samples, chunksize=8)
         except BrokenProcessPool:
@@ -272,7 +274,8 @@ def _map(work: Callable[[Sample], Look], samples: Sequence[Sample], workers: int
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(max_image_pixels: int) -> None:
+    limit_image_pixels(max_image_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

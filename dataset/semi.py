@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dataset.cache import ImageCache
-from dataset.files import IGNORE_INDEX, Sample, map_label, read_label, read_pixels
+from dataset.files import (
+    IGNORE_INDEX,
+    Sample,
+    image_pixel_limit,
+    limit_image_pixels,
+    map_label,
+    read_label,
+    read_pixels,
+    size_fault,
+)
+from dataset.replace import ReplacingLoader
 from dataset.transform import (
     Box,
     Extent,
@@ -180,8 +191,7 @@ class TrainDataset(Dataset):
 
     def _labeled(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.labeled[key.labeled % len(self.labeled)]
-        image = load_image(self.data_root / sample.image, self.cache)
-        label = load_label(self.data_root / sample.label, self.label_map, self.cache)
+        image, label = load_sample(sample, self.data_root, self.label_map, self.cache)
         height, width = image.shape[:2]
         geometry = draw_geometry(width, height, self.crop_size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
         crop = apply_geometry(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
@@ -225,15 +235,21 @@ def _strong_view(
     return strong
 
 
+def load_sample(
+    sample: Sample, root: Path, label_map: Mapping[int, int] | None, cache: ImageCache | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The image (H, W, 3) and the label (H, W) of class indices, uint8. Raises DataError."""
+    image = load_image(root / sample.image, cache)
+    path = root / sample.label
+    label = np.asarray(read_label(path)) if cache is None else cache.label(path)
+    if fault := size_fault(sample, root, image.shape[1::-1], label.shape[::-1]):
+        raise fault
+    return image, np.asarray(map_label(Image.fromarray(label), label_map)) if label_map else label
+
+
 def load_image(path: Path, cache: ImageCache | None) -> np.ndarray:
     """uint8 (H, W, 3), decoded or from the cache. Raises DataError."""
     return read_pixels(path) if cache is None else cache.image(path)
-
-
-def load_label(path: Path, label_map: Mapping[int, int] | None, cache: ImageCache | None) -> np.ndarray:
-    """uint8 (H, W) class indices, decoded or from the cache. Raises DataError."""
-    label = np.asarray(read_label(path)) if cache is None else cache.label(path)
-    return np.asarray(map_label(Image.fromarray(label), label_map)) if label_map else label
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
@@ -256,9 +272,7 @@ class ValDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = self.samples[index]
-        image = load_image(self.data_root / sample.image, self.cache)
-        label = load_label(self.data_root / sample.label, self.label_map, self.cache)
+        image, label = load_sample(self.samples[index], self.data_root, self.label_map, self.cache)
         return to_tensor(image), to_tensor(label)
 
 
@@ -270,16 +284,29 @@ class LoaderOptions(NamedTuple):
     persistent: bool = True
     pin_memory: bool = False
 
-    def build(self, dataset: Dataset, **arguments: Any) -> DataLoader:
+    def build(self, dataset: Dataset, kind: type[DataLoader] = DataLoader, **arguments: Any) -> DataLoader:
         """A DataLoader of `dataset` that works so."""
         if self.workers:  # torch refuses these for a loader that works in the training process
             arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent}
-        return DataLoader(dataset, num_workers=self.workers, pin_memory=self.pin_memory, **arguments)
+        start = partial(_start_worker, image_pixel_limit())
+        return kind(dataset, num_workers=self.workers, pin_memory=self.pin_memory, worker_init_fn=start, **arguments)
 
 
-def train_loader(dataset: TrainDataset, sampler: EpochSampler, options: LoaderOptions) -> DataLoader:
-    """Batches of `dataset` in the sampler's order; set the epoch on `loader.sampler`."""
-    return options.build(dataset, batch_size=sampler.batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
+def _start_worker(max_image_pixels: int, _: int) -> None:
+    """A loading process takes over the limit of image sizes, not being a copy of its parent everywhere."""
+    limit_image_pixels(max_image_pixels)
+
+
+def train_loader(
+    dataset: TrainDataset, sampler: EpochSampler, options: LoaderOptions, skip_bad: bool = False
+) -> DataLoader:
+    """Batches of `dataset` in the sampler's order; set the epoch on `loader.sampler`.
+
+    An unreadable image raises DataError or, with `skip_bad`, another sample takes its place (see dataset.replace).
+    """
+    kind = ReplacingLoader if skip_bad else DataLoader
+    batches = {"batch_size": sampler.batch_size, "sampler": sampler, "drop_last": True}
+    return options.build(dataset, kind, collate_fn=collate, **batches)
 
 
 def val_loader(

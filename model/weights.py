@@ -56,7 +56,7 @@ def pretrained_state(backbone: nn.Module, name: str, checkpoint: Any, source: st
             fault = f"weights of {found}"
             if "resnet" in found and "resnet" in name and _stem(found) != _stem(name):
                 fault += f", a ResNet with another stem, {_stem(found)}: set `backbone: {found}` to use them"
-        elif name in ("resnet18", "resnet50", "resnet101") and stem is not None and stem.shape[-1] == 7:
+        elif name in ("resnet18", "resnet50", "resnet101") and stem is not None and stem.shape[-1:] == (7,):
             fault = f"a ResNet with another stem, {_stem('resnet50_tv')} as torchvision's"
         raise WeightsError(f"{source}: {fault}")
     return state
@@ -71,7 +71,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Any, source: str | Path)
     state, own = find_state_dict(checkpoint, source), model.state_dict()
     if fault := _differences(own, state):
         found, expected = (_identify(_part(s, "backbone.")) for s in (state, own))
-        classes, own_classes = (len(s["classifier.bias"]) if "classifier.bias" in s else None for s in (state, own))
+        classes, own_classes = (s["classifier.bias"].numel() if "classifier.bias" in s else None for s in (state, own))
         if found and expected and found != expected:
             raise WeightsError(f"{source}: its backbone is {found}, the config's is {expected}")
         if classes and own_classes and classes != own_classes:
@@ -128,9 +128,18 @@ def find_state_dict(checkpoint: Any, source: str | Path) -> dict[str, Tensor]:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     items = checkpoint.items() if isinstance(checkpoint, Mapping) else ()
-    if not items or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
+    if not items or not all(isinstance(key, str) and _is_dense(value) for key, value in items):
         raise WeightsError(f"{source}: holds no state dict (named tensors, bare or under `model`)")
     return {key.removeprefix("module."): value for key, value in items}
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether this is a tensor of numbers, all of them there; what is not may have no shape, or fail to be copied."""
+    return (
+        isinstance(value, Tensor)
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+        and value.layout is torch.strided
+    )
 
 
 def _stem(name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.files import IGNORE_INDEX, read_list
+from dataset.files import IGNORE_INDEX, limit_image_pixels, read_list
 from dataset.inspection import ERROR, LEVELS, WARNING, Inspection, inspect_lists
 from dataset.semi import default_workers
 from util.cli import add_common_arguments, run_main
@@ -96,10 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"{option} {value}: must be at least {minimum}")
 
     cfg = load_config(args.config, args.overrides)
-    labeled = read_list(resolve_path(args.labeled_id_path)) if args.labeled_id_path else []
-    val = read_list(resolve_path(cfg.val_id_path))
-    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled) or []
+    limit_image_pixels(cfg.max_image_pixels)
     data_root = resolve_path(cfg.data_root)
+    inside = None if cfg.allow_outside_root else data_root
+    labeled = read_list(resolve_path(args.labeled_id_path), inside=inside) if args.labeled_id_path else []
+    val = read_list(resolve_path(cfg.val_id_path), inside=inside)
+    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled) or []
     output = Path(args.output) if args.output else None
     if output:
         _make_folder(output)

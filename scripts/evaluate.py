@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dataset.files import check_samples, read_list
+from dataset.files import check_samples, limit_image_pixels, read_list
 from dataset.semi import val_loader
 from model import build_model, load_checkpoint_state, read_checkpoint
 from util.cli import add_common_arguments, run_main
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = find_processes(args.port)
     device = choose_device(cfg.device, processes)
     check_precision(cfg, device)
-    samples, data_root = read_list(resolve_path(cfg.val_id_path)), resolve_path(cfg.data_root)
+    limit_image_pixels(cfg.max_image_pixels)
+    data_root = resolve_path(cfg.data_root)
+    samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
     if processes.is_main and cfg.check_data:
         check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map)
     model = build_model(cfg, pretrained=False)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import DataError
-from dataset.files import IMAGE_SUFFIXES, images_in, map_label, read_image, read_label, read_list
+from dataset.files import (
+    IMAGE_SUFFIXES,
+    images_in,
+    is_inside,
+    limit_image_pixels,
+    map_label,
+    read_image,
+    read_label,
+    read_list,
+)
 from dataset.transform import normalize
 from model import build_model, load_checkpoint_state, read_checkpoint
 from util.cli import add_common_arguments, run_main
@@ -37,8 +47,10 @@ def find_images(source: Path, cfg: Config) -> Iterator[tuple[Path, Path, Path | 
         yield source, Path(source.stem + ".png"), None
     else:
         root = resolve_path(cfg.data_root)
-        for image, label in read_list(source, labels=False):
-            yield root / image, Path(image).with_suffix(".png"), root / label if label else None
+        for image, label in read_list(source, labels=False, inside=None if cfg.allow_outside_root else root):
+            # Predictions stay in the output folder wherever the image is.
+            target = os.path.relpath(root / image, root) if is_inside(image, root) else Path(image).name
+            yield root / image, Path(target).with_suffix(".png"), root / label if label else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.overrides)
+    limit_image_pixels(cfg.max_image_pixels)
     device = choose_device(cfg.device, find_processes())
     check_precision(cfg, device)
     images = list(find_images(resolve_path(args.images), cfg))

@@ -1,6 +1,8 @@
 """Bad input to the real scripts: exit status 2 and one line on stderr that names what is wrong, before any training."""
 
+import dataclasses
 import importlib
+import os
 import zipfile
 
 import numpy as np
@@ -8,13 +10,26 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset import DataError
+from dataset.files import limit_image_pixels, read_image, read_list
+from dataset.semi import LoaderOptions, val_loader
+from scripts.predict import find_images
 from tests.helpers import PROJECT_ROOT, make_dataset, run_script
 from util.cli import EXIT_USER_ERROR, parse_args, run_main
+from util.config import load_config
 
 
 @pytest.fixture
 def data(tmp_path):
     return make_dataset(tmp_path / "data")
+
+
+@pytest.fixture(autouse=True)
+def usual_limit():
+    """The limit of image sizes is one for the whole process; a script sets it."""
+    limit = Image.MAX_IMAGE_PIXELS
+    yield
+    Image.MAX_IMAGE_PIXELS = limit
 
 
 # --- the faults: each takes (data, save_path), spoils something, and returns what the message must contain and, where
@@ -411,3 +426,185 @@ def test_weights_of_another_stem_are_refused_before_earlier_results_are_moved(da
     error = capsys.readouterr().err
     assert "tv.pth" in error and "7x7" in error and len(error.splitlines()) == 1
     assert (save_path / "latest.pth").read_bytes() == b"precious"
+
+
+# --- hostile input: what asks for too much, or reaches further than it should
+
+
+def bomb(path):
+    """A PNG of a few kB that would take a gigabyte."""
+    Image.new("1", (30_000, 30_000)).save(path)
+    return [path, "900000000 pixels", "max_image_pixels is 100000000"]
+
+
+def a_huge_image(data, save_path):
+    return bomb(data.root / "images/unlabeled1.jpg")
+
+
+def a_huge_label(data, save_path):
+    return bomb(data.root / "labels/labeled1.png")
+
+
+def an_image_above_the_limit_of_the_config(data, save_path):
+    path = data.root / "images/labeled0.jpg"
+    return [path, "the image has 1280 pixels", "max_image_pixels is 1279"], ["--set", "max_image_pixels=1279"]
+
+
+def a_list_that_climbs_out(data, save_path):
+    data.labeled.write_text("images/labeled0.jpg labels/../../a.png\n", encoding="utf-8")
+    return [f"{data.labeled}:1", "labels/../../a.png lies outside data_root", "allow_outside_root: true"]
+
+
+def an_absolute_path_in_a_list(data, save_path):
+    with open(data.unlabeled, "a", encoding="utf-8") as file:
+        file.write("/etc/passwd\n")
+    return [f"{data.unlabeled}:7", "/etc/passwd lies outside data_root"]
+
+
+def a_validation_list_that_climbs_out(data, save_path):
+    data.val.write_text(f"{data.root}-other/a.jpg labels/val0.png\n", encoding="utf-8")
+    return [f"{data.val}:1", "lies outside data_root"]
+
+
+def an_unlabelled_folder_outside(data, save_path):
+    data.configure(unlabeled_id_path="..")
+    return ["..: neither a list file nor a folder under", "allow_outside_root: true"]
+
+
+def laughter(data, save_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    data.config.write_text("\n".join(lines), encoding="utf-8")
+    return [data.config, "line 2, column 10", "aliases (*name) are not accepted"]
+
+
+def a_key_given_twice(data, save_path):
+    text = data.config.read_text(encoding="utf-8")
+    data.config.write_text(f"{text}lr: 0.5\n", encoding="utf-8")
+    return [data.config, f"line {len(text.splitlines()) + 1}, column 1", "key 'lr' is given twice"]
+
+
+def a_label_map_with_a_value_twice(data, save_path):
+    return ["--set label_map=", "key 1 is given twice"], ["--set", "label_map={0: 0, 1: 1, 0x1: 2}"]
+
+
+def a_key_of_a_megabyte(data, save_path):
+    data.config.write_text("k" * 2**20 + ": 1\n", encoding="utf-8")
+    return [data.config, "longer than 100000 characters"]
+
+
+def a_key_of_some_kilobytes(data, save_path):
+    data.config.write_text("? " + "k" * 5000 + "\n: 1\n", encoding="utf-8")
+    return [data.config, "line 1, column 3", "a text of 5000 characters"]
+
+
+def deep_nesting(data, save_path):
+    return ["not valid YAML", "nested more than 10 levels deep"], ["--set", "classes=" + "[" * 500 + "]" * 500]
+
+
+def a_number_without_end(data, save_path):
+    return ["not valid YAML", "a text of 9002 characters"], ["--set", "epochs=0x" + "f" * 9000]
+
+
+HOSTILE = [
+    a_huge_image,
+    a_huge_label,
+    an_image_above_the_limit_of_the_config,
+    a_list_that_climbs_out,
+    an_absolute_path_in_a_list,
+    a_validation_list_that_climbs_out,
+    an_unlabelled_folder_outside,
+    laughter,
+    a_key_given_twice,
+    a_label_map_with_a_value_twice,
+    a_key_of_a_megabyte,
+    a_key_of_some_kilobytes,
+    deep_nesting,
+    a_number_without_end,
+]
+
+
+@pytest.mark.parametrize("fault", HOSTILE, ids=lambda fault: fault.__name__)
+def test_hostile_input_is_refused_in_one_line(data, tmp_path, capsys, fault):
+    arguments, fragments = spoil(fault, data, tmp_path / "run")
+    assert run_in_process("unimatch", arguments) == EXIT_USER_ERROR
+    stderr = capsys.readouterr().err
+    assert_one_error(stderr, fragments, tmp_path / "run")
+    assert len(stderr) < 1500
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_huge_image_is_refused_in_mid_training_too(data, tmp_path, capsys, workers):
+    arguments = [*data.arguments(tmp_path / "run"), "--set", "check_data=false", "max_image_pixels=1279"]
+    assert run_in_process("unimatch", [*arguments, f"workers={workers}"]) == EXIT_USER_ERROR
+    assert_one_error(capsys.readouterr().err, ["the image has 1280 pixels", "max_image_pixels is 1279"], tmp_path)
+
+
+def test_worker_processes_that_are_no_copies_have_the_limit_too(data, monkeypatch):
+    """As where Python does not fork: the limit reaches them with the loader."""
+    limit_image_pixels(1279)
+    loader = val_loader(read_list(data.val), data.root, LoaderOptions(1))
+    loader.multiprocessing_context = "spawn"
+    with pytest.raises(DataError, match="max_image_pixels is 1279"):
+        next(iter(loader))
+
+
+def test_images_may_lie_outside_the_root_if_the_config_says_so(data, tmp_path):
+    (data.root / "inner").mkdir()
+    for path in (data.labeled, data.unlabeled, data.val):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        outside = [" ".join(f"../{name}" for name in line.split()) for line in lines]
+        path.write_text("\n".join(outside), encoding="utf-8")
+    data.configure(data_root=str(data.root / "inner"), allow_outside_root=True)
+    importlib.import_module("supervised").main(data.arguments(tmp_path / "run"))
+    assert (tmp_path / "run/latest.pth").is_file()
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """Pillow would hand it to Ghostscript, whatever the file's name."""
+    (tmp_path / "gs").write_text("#!/bin/sh\ntouch " + str(tmp_path / "ran") + "\n", encoding="utf-8")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    image = tmp_path / "image.jpg"
+    image.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", encoding="utf-8")
+    with pytest.raises(DataError, match="unreadable image"):
+        read_image(image)
+    assert not (tmp_path / "ran").exists()
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_file_with_code_in_it_is_refused_wherever_one_is_read_and_not_run(data, tmp_path, capsys):
+    path, folder = tmp_path / "latest.pth", tmp_path / "made by the file"
+    torch.save({"model": Code(folder)}, path)
+    config = ["--config", str(data.config)]
+    commands = {
+        "unimatch": data.arguments(tmp_path),  # resumes from it
+        "supervised": [*data.arguments(tmp_path / "run"), "--set", f"pretrained={path}"],
+        "scripts.evaluate": [*config, "--checkpoint", str(path)],
+        "scripts.predict": [*config, "--checkpoint", str(path), "--images", str(data.val), "--output", str(tmp_path)],
+        "scripts.convert_backbone": ["resnet50", "--from", str(path), "--output", str(tmp_path / "new.pth")],
+    }
+    for script, arguments in commands.items():
+        assert run_in_process(script, arguments) == EXIT_USER_ERROR
+        stderr = capsys.readouterr().err
+        assert len(stderr.splitlines()) == 1 and stderr.startswith("error: ") and str(path) in stderr
+        assert not folder.exists()
+
+
+def test_predictions_stay_in_their_folder_wherever_the_images_are(data, tmp_path):
+    cfg = load_config(data.config)
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"../elsewhere/a.jpg\n{data.root}/images/val0.jpg\nimages/../b.jpg\n/c.jpg\n", encoding="utf-8")
+    with pytest.raises(DataError, match="outside data_root"):
+        list(find_images(listed, cfg))
+    found = list(find_images(listed, dataclasses.replace(cfg, allow_outside_root=True)))
+    assert [str(target) for _, target, _ in found] == ["a.png", "images/val0.png", "b.png", "c.png"]

@@ -110,6 +110,12 @@ WRONG_TYPES = {
     "compile": 1,
     "checkpoint_activations": "some",
     "check_data": "no",
+    "max_image_pixels": "large",
+    "allow_outside_root": "never",
+    "on_bad_image": "ignore",
+    "bad_image_limit": "few",
+    "on_nonfinite": True,
+    "nonfinite_limit": 1.5,
     "log_interval": None,
     "eval_interval": "never",
 }
@@ -138,6 +144,9 @@ NUMBERS = [
     ("workers", [0, 256], [-1, 257]),
     ("prefetch", [1, 64], [0, 65]),
     ("cache_gb", [0.1], [0, -1]),
+    ("max_image_pixels", [1, 10**12], [0]),
+    ("bad_image_limit", [1], [0]),
+    ("nonfinite_limit", [1], [0]),
     ("log_interval", [1], [0]),
     ("eval_interval", [1], [0]),
 ]
@@ -279,7 +288,8 @@ def test_nclass_alone_gives_numbered_classes(write):
 
 
 def test_class_names_that_yaml_reads_as_something_else_stay_names(write):
-    cfg = load_config(write(text=yaml.safe_dump({**BASE, "classes": None}) + "classes: [0, yes, 1.5]\n"))
+    others = {key: value for key, value in BASE.items() if key != "classes"}
+    cfg = load_config(write(text=yaml.safe_dump(others) + "classes: [0, yes, 1.5]\n"))
     assert cfg.classes == ("0", "True", "1.5")
 
 
@@ -514,6 +524,12 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
         "cache_gb": 3,
         "cache_dir": "there",
         "check_data": False,
+        "max_image_pixels": 2**20,
+        "allow_outside_root": True,
+        "on_bad_image": "skip",
+        "bad_image_limit": 3,
+        "on_nonfinite": "skip",
+        "nonfinite_limit": 4,
         "log_interval": 7,
         "eval_interval": 2,
         "channels_last": True,

@@ -87,6 +87,10 @@ def test_forbidden_calls_do_not_occur(name):
             assert keywords.get("weights_only") == "True", f"{where}: torch.load without weights_only=True runs code"
         if called.startswith("yaml."):
             assert called in ("yaml.safe_load", "yaml.safe_dump"), f"{where}: {called} is not the safe one"
+    bases = {
+        ast.unparse(base) for node in ast.walk(_tree(name)) if isinstance(node, ast.ClassDef) for base in node.bases
+    }
+    assert {base for base in bases if base.startswith("yaml.")} <= {"yaml.SafeLoader", "yaml.MarkedYAMLError"}
     assert not {module for module in _imports(name) if module.startswith("yaml.")}, "call yaml's functions by full name"
 
 

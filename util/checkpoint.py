@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ LATEST, BEST, LOG_FILE, CONFIG_FILE = "latest.pth", "best.pth", "train.log", "co
 # What a run writes into its save path; `--resume never` moves these aside.
 RESULTS = (LATEST, BEST, LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
+NUMBER = (int, float)
+KINDS = {"model": dict, "optimizer": dict, "epoch": int, "iteration": int, "previous_best": NUMBER, "config": dict}
+KINDS |= {"run": dict, "best_epoch": int, "last_miou": NUMBER}
 CHOICES = (
     "- set them back, choose another --save-path, or start anew with --resume never (it keeps earlier results aside)"
 )
@@ -74,12 +78,45 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str]) -> dic
     missing = [key for key in NEEDED if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed: it has no {', '.join(missing)} {CHOICES}")
+    check_kinds(path, state)
     saved = state["run"]
     differing = [f"{key}: {saved.get(key)} -> {value}" for key, value in run.items() if saved.get(key) != value]
     differing += differing_keys(state["config"], cfg)
     if differing:
         raise CheckpointError(f"{path}: was trained with other settings ({'; '.join(differing)}) {CHOICES}")
     return state
+
+
+def check_kinds(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a value is of another kind than training saves; the file may be a stranger's."""
+    for key, kind in KINDS.items():
+        if key in state and not isinstance(state[key], kind):
+            raise CheckpointError(f"{path}: cannot be resumed: its {key} is a {type(state[key]).__name__} {CHOICES}")
+    for key in ("config", "run"):
+        try:
+            json.dumps(state.get(key))
+        except (TypeError, ValueError, RecursionError):
+            raise CheckpointError(
+                f"{path}: cannot be resumed: its {key} holds more than text and numbers {CHOICES}"
+            ) from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Load an optimiser's state in place, of momentum and the like; rates and other settings stay those of the config.
+
+    Raises CheckpointError, which names the file `path`, if the state does not fit.
+    """
+    settings = [{**group} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        momenta = [(p, values.get("momentum_buffer")) for p, values in optimizer.state.items()]
+        fits = all(m is None or (isinstance(m, torch.Tensor) and m.shape == p.shape) for p, m in momenta)
+    except Exception:  # torch takes what it is given apart without looking at it first
+        fits = False
+    if not fits:
+        raise CheckpointError(f"{path}: cannot be resumed: its optimizer is not the state of this model's {CHOICES}")
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # with scale_lr and another number of processes, base_lr is not the saved one
 
 
 def set_aside(save_path: Path) -> Path | None:

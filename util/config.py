@@ -32,6 +32,48 @@ class ConfigError(ValueError):
     """A mistake in a config file or on the command line; the message is one line for the user."""
 
 
+class _RefusedYAML(yaml.MarkedYAMLError):
+    """YAML that a config does without."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which builds plain values only, without what can hide a mistake or do harm.
+
+    Refused are keys given twice (the last one would win, silently), aliases (`*name`; nested ones grow without end),
+    deep nesting and long texts (among which are numbers that take Python forever to write).
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _RefusedYAML(None, None, "aliases (*name) are not accepted: repeat the value", event.start_mark)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_TEXT:
+            problem = f"a text of {len(event.value)} characters, at most {MAX_YAML_TEXT} are accepted"
+            raise _RefusedYAML(None, None, problem, event.start_mark)
+        if self._depth == MAX_YAML_DEPTH:
+            problem = f"nested more than {MAX_YAML_DEPTH} levels deep"
+            raise _RefusedYAML(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=True)
+        if len(mapping) < len(node.value):
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise _RefusedYAML(None, None, f"key {_shown(key)} is given twice", key_node.start_mark)
+                seen.add(key)
+        return mapping
+
+
 def _key(
     doc: str,
     default: Any = MISSING,
@@ -121,6 +163,19 @@ class Config:
         "what is computed again in the backward pass instead of kept in memory; gradients are the same", "none"
     )
     check_data: bool = _key("check images and labels before training starts", True)
+    max_image_pixels: int = _key(
+        "images and labels of more pixels are refused before they are decoded", 100_000_000, minimum=1
+    )
+    allow_outside_root: bool = _key("let list entries and the unlabelled folder lie outside data_root", False)
+    on_bad_image: Literal["stop", "skip"] = _key(
+        "an image or label that cannot be read in mid-training stops the run, or its sample is replaced by another",
+        "stop",
+    )
+    bad_image_limit: int = _key("different faults of that kind before the run stops after all", 10, minimum=1)
+    on_nonfinite: Literal["stop", "skip"] = _key(
+        "a step with a loss or gradient that is not finite stops the run, or is undone", "stop"
+    )
+    nonfinite_limit: int = _key("undone steps before the run stops after all", 10, minimum=1)
     log_interval: int = _key("iterations between two lines of the log", 50, minimum=1)
     eval_interval: int = _key("epochs between two evaluations, each of which saves a checkpoint", 1, minimum=1)
 
@@ -147,10 +202,15 @@ class Config:
 
 # Keys that change where, how fast or how finely rounded a run computes, not what: a run may resume with others.
 NOT_SHAPING = (
-    *("data_root", "classes", "palette", "device", "check_data", "log_interval", "eval_interval"),
+    *("data_root", "classes", "palette", "device", "log_interval", "eval_interval"),
     *("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "cache_gb", "cache_dir"),
     *("channels_last", "amp", "compile", "checkpoint_activations"),
+    *("check_data", "max_image_pixels", "allow_outside_root"),
+    # These change what happens at a fault only: a run that one has stopped may go on with the other answer to it.
+    *("on_bad_image", "bad_image_limit", "on_nonfinite", "nonfinite_limit"),
 )
+# A config of a few kB is long. Beyond these it is no config, or one that is meant to keep the reader busy.
+MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_TEXT = 100_000, 10, 1000
 
 
 def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -208,8 +268,8 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 def differing_keys(saved: Mapping[str, Any], cfg: Config) -> list[str]:
     """`key: saved value -> value now` for each key that shapes training and differs from a checkpoint's config."""
     now = to_dict(cfg)
-    keys = [key for key in sorted({*saved, *now}) if key not in NOT_SHAPING and saved.get(key) != now.get(key)]
-    return [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in keys]
+    keys = [key for key in sorted({*saved, *now}, key=str) if key not in NOT_SHAPING and saved.get(key) != now.get(key)]
+    return [f"{str(key)[:60]}: {str(saved.get(key))[:200]} -> {now.get(key)}" for key in keys]
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -240,7 +300,8 @@ def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabele
 
 def _read_yaml(path: Path, shown: str) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such config file (the recipes are in configs/)") from None
     except (OSError, ValueError) as error:
@@ -256,15 +317,18 @@ def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[t
         yield from ((key, value, f"--set {key}={value}") for key, value in overrides.items())
         return
     for text in overrides:
+        source = f"--set {text}" if len(text) <= MAX_YAML_TEXT else f"--set {text[:57]}..."
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {text}: expected key=value, such as --set epochs=20")
-        yield key.strip(), _parse_yaml(value, f"--set {text}"), f"--set {text}"
+            raise ConfigError(f"{source}: expected key=value, such as --set epochs=20")
+        yield key.strip(), _parse_yaml(value, source), source
 
 
 def _parse_yaml(text: str, source: str) -> Any:
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"{source}: longer than {MAX_YAML_BYTES} characters, which no config is")
     try:
-        return yaml.safe_load(text)
+        return _PlainLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -153,6 +154,14 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks, on each of them. The host waits for it."""
+    values = [value] * process_count()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def process_count() -> int:

@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.semi import to_device
-from util.checkpoint import BEST, LATEST, copy_checkpoint, save_checkpoint
+from model import load_checkpoint_state
+from util.checkpoint import BEST, LATEST, copy_checkpoint, load_optimizer, save_checkpoint
 from util.cli import TrainingStopped
 from util.config import to_dict
 from util.distributed import all_reduce_sum, process_count, unwrap
 from util.evaluate import Result, evaluate
+from util.guard import SKIPPED, Guard
 from util.log import peak_memory_gb
 from util.metrics import iou_table
 from util.precision import build_scaler, evaluation_copy
@@ -50,8 +52,9 @@ def fit(
     scaler = build_scaler(cfg, run.device)
     done = _resume(run, model, optimizer, scaler, len(loader))
     clock = _Clock(len(loader), cfg.epochs, done["epoch"])
+    guard = Guard(run, model, optimizer, loader, check_gradients=not scaler.is_enabled())
     for epoch in range(done["epoch"], cfg.epochs):
-        train_one_epoch(run, epoch, optimizer, scaler, loader, train_step, clock)
+        train_one_epoch(run, epoch, optimizer, scaler, loader, train_step, clock, guard)
         _check_finite(model, epoch)
         if (epoch + 1) % cfg.eval_interval and epoch + 1 < cfg.epochs:
             continue
@@ -87,6 +90,7 @@ def train_one_epoch(
     loader: DataLoader,
     train_step: TrainStep,
     clock: _Clock,
+    guard: Guard,
 ) -> None:
     """One pass of the loader. Metrics stay on the device and are read every `log_interval` iterations."""
     cfg, log = run.cfg, run.log
@@ -105,12 +109,15 @@ def train_one_epoch(
             # Channel dropout draws from torch's generator: seeded anew, it depends on the step alone.
             torch.manual_seed(step_seed(cfg.seed, epoch, index, run.processes.rank))
             optimizer.zero_grad(set_to_none=True)
-            metrics.append(iteration, train_step(to_device(batch, run.device), backward))
+            guard.keep()
+            step_metrics = train_step(to_device(batch, run.device), backward)
             scaler.step(optimizer)
             scaler.update()
+            metrics.append(iteration, guard.undo(step_metrics))
             bar.update()
             if (index + 1) % cfg.log_interval == 0 or index + 1 == len(loader):
                 means = metrics.read()
+                guard.report(means, iteration + 1)
                 speed = clock.lap(iteration + 1, images)
                 values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
                 bar.set_postfix_str(f"{values}  {speed}")
@@ -138,19 +145,24 @@ class StepMetrics:
     def read(self) -> dict[str, float]:
         """Means over the steps since the last reading and over all processes.
 
-        Raises TrainingStopped, on every process alike, if a value of any step was not finite.
+        Steps that the guard has undone are left out; `skipped` is their number. If there were no others, it is alone.
+        Raises TrainingStopped, on every process alike, if a value of any other step was not finite.
         """
         rows = all_reduce_sum(torch.stack(self._rows)) / process_count()
         self._rows = []
         values = rows.cpu()
-        finite = values.isfinite()
+        undone = values[:, self._names.index(SKIPPED)] == 1 if SKIPPED in self._names else torch.zeros(len(values)) == 1
+        finite = values.isfinite() | undone[:, None]
         if not finite.all():
             step = int((~finite.all(dim=1)).nonzero()[0])
             terms = ", ".join(
                 f"{name} {values[step, i]:.4g}" for i, name in enumerate(self._names) if not finite[step, i]
             )
             raise TrainingStopped(f"the loss is not finite at iteration {self._first + step + 1}: {terms}; {KEPT}")
-        return dict(zip(self._names, values.double().mean(dim=0).tolist(), strict=True))
+        means = {}
+        if not undone.all():
+            means = dict(zip(self._names, values[~undone].double().mean(dim=0).tolist(), strict=True))
+        return means | {SKIPPED: float(undone.sum())} if SKIPPED in self._names else means
 
 
 def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
@@ -197,14 +209,10 @@ def _resume(
     done = {"epoch": 0, "iteration": 0, "previous_best": -math.inf, "best_epoch": 0, "last_miou": math.nan}
     if state is None:
         return done
-    unwrap(model).load_state_dict(state["model"])
+    load_checkpoint_state(unwrap(model), state, run.save_path / LATEST)
+    load_optimizer(optimizer, state["optimizer"], run.save_path / LATEST)
     if "scaler" in state:
         scaler.load_state_dict(state["scaler"])
-    # Not the saved ones: rates with scale_lr and another number of processes, `fused` on another device.
-    own = [{key: group[key] for key in ("base_lr", "fused")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
     done = {key: state.get(key, value) for key, value in done.items()}
     run.log.info(
         f"continuing from {run.save_path / LATEST}: {done['epoch']} of {run.cfg.epochs} epochs are done, "

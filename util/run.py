@@ -17,7 +17,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.cache import ImageCache, open_cache
-from dataset.files import Sample, check_samples, find_unlabeled, list_digest, read_list, shared_images
+from dataset.files import (
+    Sample,
+    check_samples,
+    find_unlabeled,
+    limit_image_pixels,
+    list_digest,
+    read_list,
+    shared_images,
+)
 from dataset.semi import EpochSampler, LoaderOptions, TrainDataset, default_workers, train_loader, val_loader
 from model import build_model, check_pretrained
 from util.checkpoint import CONFIG_FILE, LOG_FILE, find_checkpoint, set_aside
@@ -76,7 +84,7 @@ class Run:
             self.processes.count,
             cfg.cutmix_partner,
         )
-        return train_loader(dataset, sampler, loader_options(cfg, self.device))
+        return train_loader(dataset, sampler, loader_options(cfg, self.device), cfg.on_bad_image == "skip")
 
     def val_loader(self) -> DataLoader:
         """This process's share of the validation images."""
@@ -105,6 +113,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
     Raises ConfigError, DataError or CheckpointError, each one line for the user.
     """
     cfg = load_config(args.config, args.overrides)
+    limit_image_pixels(cfg.max_image_pixels)
     notes = []
     if getattr(args, "double_batch", False):
         if any(text.partition("=")[0].strip() == "batch_size" for text in args.overrides):
@@ -152,8 +161,10 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
 def _find_lists(
     method: str, cfg: Config, args: argparse.Namespace
 ) -> tuple[list[Sample], list[Sample] | None, list[Sample]]:
-    labeled = read_list(resolve_path(args.labeled_id_path))
-    val = read_list(resolve_path(cfg.val_id_path))
+    data_root = resolve_path(cfg.data_root)
+    inside = None if cfg.allow_outside_root else data_root
+    labeled = read_list(resolve_path(args.labeled_id_path), inside=inside)
+    val = read_list(resolve_path(cfg.val_id_path), inside=inside)
     if method == "supervised":
         return labeled, None, val
     unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled)
@@ -171,7 +182,8 @@ def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> lis
     if source is None:
         return None
     listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
-    return find_unlabeled(listed if listed.is_file() else source, resolve_path(cfg.data_root), labeled)
+    source = listed if listed.is_file() else source
+    return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
 
 
 def _overlap_notes(labeled: list[Sample], unlabeled: list[Sample], val: list[Sample], data_root: Path) -> Iterator[str]:

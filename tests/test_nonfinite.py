@@ -1,0 +1,256 @@
+"""Steps that are not finite: undone to the last bit and counted, on all processes alike, or the end of the run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import unimatch
+from tests.helpers import TinyData, make_dataset, run_script
+from util.cli import EXIT_STOPPED, TrainingStopped, run_main
+from util.engine import StepMetrics
+from util.guard import NonFiniteGuard
+from util.log import RunLog
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SKIP = ("--set", "on_nonfinite=skip")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> RunLog:
+    return RunLog(tmp_path, active=False)
+
+
+def _net() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+
+
+def _image(number: int) -> torch.Tensor:
+    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(number))
+
+
+def _loss(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    return model(image).square().mean()
+
+
+def _gradients(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    loss = _loss(model, image)
+    loss.backward()
+    model[0].weight.grad[0] = math.inf
+    return loss
+
+
+def _weights(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    loss = _loss(model, image)
+    loss.backward()
+    model[2].bias.grad.fill_(3e38)  # finite, but not once it is multiplied by the rate and added up
+    model[2].bias.data.fill_(-3.3e38)
+    return loss
+
+
+def _forward(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    loss = _loss(model, image * math.inf)
+    loss.backward()
+    return loss
+
+
+def _statistics(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """The output is finite, the running variance is not."""
+    loss = _loss(model, image * 1e25)
+    loss.backward()
+    return loss
+
+
+BROKEN = [_gradients, _weights, _forward, _statistics]
+
+
+def _train(model, optimizer, numbers, guard=None, broken=None) -> list[dict[str, torch.Tensor]]:
+    """A step for each image; after the first, a step of the `broken` kind too where there is one."""
+    rows = []
+
+    def step(work, image):
+        optimizer.zero_grad()
+        if guard:
+            guard.keep()
+        loss = work(model, image)
+        optimizer.step()
+        metrics = {"loss": loss.detach()}
+        rows.append(guard.undo(metrics) if guard else metrics)
+
+    def sound(model, image):
+        loss = _loss(model, image)
+        loss.backward()
+        return loss
+
+    for position, number in enumerate(numbers):
+        if broken and position == 1:
+            step(broken, _image(99))
+        step(sound, _image(number))
+    return rows
+
+
+def _state(model, optimizer) -> list[torch.Tensor]:
+    momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
+    return [tensor.clone() for tensor in (*model.state_dict().values(), *momenta)]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_broken_steps_do_break_what_the_guard_protects(broken):
+    model, optimizer = _net()
+    _train(model, optimizer, [0, 1], broken=broken)
+    assert not all(tensor.isfinite().all() for tensor in _state(model, optimizer))
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_step_that_is_not_finite_leaves_no_trace(broken, log):
+    model, optimizer = _net()
+    twin = copy.deepcopy(model)
+    twins = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    guard = NonFiniteGuard(model, optimizer, 5, log)
+    rows = _train(model, optimizer, [0, 1, 2], guard, broken)
+    assert [float(row["skipped"]) for row in rows] == [0, 1, 0, 0]
+    _train(twin, twins, [0, 1, 2])
+    for kept, expected in zip(_state(model, optimizer), _state(twin, twins), strict=True):
+        assert torch.equal(kept, expected)
+
+
+def test_a_first_step_that_is_not_finite_leaves_no_trace_either(log):
+    """It is the one that makes the momenta."""
+    model, optimizer = _net()
+    twin = copy.deepcopy(model)
+    twins = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    guard = NonFiniteGuard(model, optimizer, 5, log)
+    guard.keep()
+    _forward(model, _image(9))
+    optimizer.step()
+    guard.undo({})
+    _train(model, optimizer, [0, 1], guard)
+    _train(twin, twins, [0, 1])
+    assert all(torch.equal(a, b) for a, b in zip(_state(model, optimizer), _state(twin, twins), strict=True))
+
+
+def test_gradients_that_a_scaler_looks_after_are_left_to_it(log):
+    """It does not step with them; BatchNorm's statistics of a sound forward stay."""
+    model, optimizer = _net()
+    guard = NonFiniteGuard(model, optimizer, 5, log, check_gradients=False)
+    guard.keep()
+    loss = _gradients(model, _image(0))
+    after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert float(guard.undo({"loss": loss.detach()})["skipped"]) == 0
+    assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
+    guard.keep()
+    assert float(guard.undo({"loss": torch.tensor(math.nan)})["skipped"]) == 1
+
+
+def test_undone_steps_do_not_count_in_the_means_of_the_metrics():
+    metrics = StepMetrics()
+    for step, (loss, skipped) in enumerate([(1.0, 0.0), (math.nan, 1.0), (3.0, 0.0)]):
+        metrics.append(step, {"loss": torch.tensor(loss), "skipped": torch.tensor(skipped)})
+    assert metrics.read() == {"loss": 2.0, "skipped": 1.0}
+    metrics.append(3, {"loss": torch.tensor(math.inf), "skipped": torch.tensor(1.0)})
+    assert metrics.read() == {"skipped": 1.0}
+    metrics.append(4, {"loss": torch.tensor(math.inf), "skipped": torch.tensor(0.0)})
+    with pytest.raises(TrainingStopped, match="iteration 5: loss inf"):
+        metrics.read()
+
+
+def test_more_undone_steps_than_the_limit_stop_the_run(log):
+    guard = NonFiniteGuard(*_net(), 3, log)
+    guard.count(2.0, 10)
+    guard.count(0.0, 20)
+    guard.count(1.0, 30)
+    with pytest.raises(TrainingStopped, match=r"4 steps .* up to iteration 40, more than nonfinite_limit 3"):
+        guard.count(1.0, 40)
+
+
+# --- runs
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TinyData:
+    """Three iterations an epoch."""
+    return make_dataset(tmp_path / "data", val=1)
+
+
+def _break_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let step `number` (from 1) of a run have an image of NaN, the rest as it is."""
+    step, calls = unimatch.unimatch_step, []
+
+    def changed(model, batch, *args):
+        calls.append(None)
+        if len(calls) == number:
+            (image, label), *views = batch
+            batch = ((image * math.nan, label), *views)
+        return step(model, batch, *args)
+
+    monkeypatch.setattr(unimatch, "unimatch_step", changed)
+
+
+def test_a_run_goes_on_past_a_step_that_is_not_finite(data, tmp_path, monkeypatch, capsys):
+    _break_step(monkeypatch, 3)  # the last one before an evaluation and a checkpoint
+    unimatch.main([*data.arguments(tmp_path / "run"), *SKIP])
+    assert "1 step was not finite and undone up to iteration 3 (nonfinite_limit: 10)" in capsys.readouterr().out
+    for name in ("latest.pth", "best.pth"):
+        state = torch.load(tmp_path / "run" / name, weights_only=True)
+        momenta = [part["momentum_buffer"] for part in state["optimizer"]["state"].values()]
+        assert all(tensor.isfinite().all() for tensor in (*state["model"].values(), *momenta))
+    assert (
+        state["model"]["backbone.bn1.num_batches_tracked"] % 2 == 0
+    )  # two training forwards a step, none of them kept
+
+
+def test_the_option_alone_changes_nothing(data, tmp_path):
+    unimatch.main(data.arguments(tmp_path / "stop"))
+    unimatch.main([*data.arguments(tmp_path / "skip"), *SKIP])
+    stop, skip = (torch.load(tmp_path / name / "latest.pth", weights_only=True) for name in ("stop", "skip"))
+    assert stop["previous_best"] == skip["previous_best"]
+    assert all(torch.equal(stop["model"][name], skip["model"][name]) for name in stop["model"])
+
+
+def test_a_diverging_run_stops_beyond_the_limit_even_if_it_may_skip(data, tmp_path, capsys):
+    arguments = [*data.arguments(tmp_path / "run"), *SKIP, "lr=1e30", "nonfinite_limit=1"]
+    with pytest.raises(SystemExit) as exited:
+        run_main(lambda: unimatch.main(arguments))
+    assert exited.value.code == EXIT_STOPPED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 steps were not finite and undone up to iteration 3, more than nonfinite_limit 1" in line
+
+
+def test_two_processes_undo_a_step_that_only_one_has_spoilt(data, tmp_path):
+    """Process 1's labelled image is all NaN in its second step; the weights of both stay finite and equal."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(
+        "import os, sys\n"
+        "import torch, unimatch\n"
+        "from util.cli import run_main\n"
+        "step, calls = unimatch.unimatch_step, []\n"
+        "def spoilt(model, batch, *args):\n"
+        "    calls.append(None)\n"
+        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
+        "        (image, label), *views = batch\n"
+        "        batch = ((image * float('nan'), label), *views)\n"
+        "    metrics = step(model, batch, *args)\n"
+        "    total = sum(p.detach().abs().sum() for p in model.parameters())\n"
+        "    with open(f\"{os.environ['SUMS']}-{os.environ['RANK']}\", 'a') as file:\n"
+        "        print(float(total), file=file)\n"
+        "    return metrics\n"
+        "unimatch.unimatch_step = spoilt\n"
+        "run_main(lambda: unimatch.main(sys.argv[1:]))\n",
+        encoding="utf-8",
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2", script)
+    arguments = [*data.arguments(tmp_path / "run"), *SKIP, "batch_size=1"]
+    ended = run_script(*launcher, *arguments, env={"PYTHONPATH": ".", "SUMS": str(tmp_path / "sums")})
+    assert ended.returncode == 0, ended.stderr
+    assert "1 step was not finite and undone up to iteration 2" in ended.stdout
+    first, second = ((tmp_path / f"sums-{rank}").read_text().split() for rank in (0, 1))
+    assert first == second and len(first) == 3  # before each step of the optimiser
+    assert first[1] == first[2] != first[0]
