@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -65,6 +66,8 @@ from util.semi import consistency_loss, cutmix, pseudo_label
 
 # The method is what is measured, not a part of this script: hence by name.
 unimatch_step = importlib.import_module("unimatch").unimatch_step
+# What losses, steps and evaluation are measured on; tests have smaller ones.
+BACKBONE, CROP, LOSS_SIZE = "resnet50", 321, 801
 GROUPS = ("data", "loader", "loss", "step", "evaluate", "startup")
 
 
@@ -197,21 +200,23 @@ def measure_loader(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[R
 def measure_loss(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row]:
     """Losses, confidence and the confusion matrix, on a batch like those of the recipes."""
     generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 19, (2, 801, 801), generator=generator)
-    label[:, :80] = 255
-    noise = torch.randn(2, 19, 801, 801, generator=generator)
+    size, kept = LOSS_SIZE, 200_000 * LOSS_SIZE**2 // 801**2
+    label = torch.randint(0, 19, (2, size, size), generator=generator)
+    label[:, : size // 10] = 255
+    noise = torch.randn(2, 19, size, size, generator=generator)
+    shape = f"2 x 19 x {size} x {size}"
     for name, margin in (("many", 2.0), ("few", 9.0)):
         logits = noise + margin * torch.nn.functional.one_hot(label % 19, 19).permute(0, 3, 1, 2)
-        criterion = OhemCrossEntropy(255, 0.7, 200_000)
+        criterion = OhemCrossEntropy(255, 0.7, kept)
         needing = logits.clone().requires_grad_()
         criterion(needing, label).backward()
-        same = torch.equal(needing.grad.abs().sum(1) > 0, plain.ohem(logits, label, 0.7, 200_000)[1])
+        same = torch.equal(needing.grad.abs().sum(1) > 0, plain.ohem(logits, label, 0.7, kept)[1])
         times = _alternate(
-            lambda logits=logits: plain.ohem(logits, label, 0.7, 200_000),
+            lambda logits=logits: plain.ohem(logits, label, 0.7, kept),
             lambda logits=logits, criterion=criterion: criterion(logits, label),
             rounds,
         )
-        yield Row(f"OHEM forward, 2 x 19 x 801 x 801, {name} hard pixels", *times, "s", f"kept pixels {_equal(same)}")
+        yield Row(f"OHEM forward, {shape}, {name} hard pixels", *times, "s", f"kept pixels {_equal(same)}")
 
     pseudo, conf = plain.pseudo_label(logits)
     ignore_mask = torch.where(label == 255, 255, 0)
@@ -224,12 +229,12 @@ def measure_loss(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
 
     difference = _relative(step(ways[0]), step(ways[1]))
     times = _alternate(lambda: step(ways[0]), lambda: step(ways[1]), rounds)
-    yield Row("consistency loss and its gradient, 2 x 19 x 801 x 801", *times, "s", f"gradients {difference}")
+    yield Row(f"consistency loss and its gradient, {shape}", *times, "s", f"gradients {difference}")
 
     ours = pseudo_label(logits)
     same = torch.equal(ours[0], pseudo) and torch.allclose(ours[1], conf, rtol=1e-5)
     times = _alternate(lambda: plain.pseudo_label(logits), lambda: pseudo_label(logits), rounds)
-    yield Row("pseudo-label and confidence, 2 x 19 x 801 x 801", *times, "s", f"{_equal(same)} (confidence to 1e-5)")
+    yield Row(f"pseudo-label and confidence, {shape}", *times, "s", f"{_equal(same)} (confidence to 1e-5)")
 
     truth = torch.randint(0, 19, (1, 1024, 2048), generator=generator)
     guess = torch.where(torch.rand(truth.shape, generator=generator) < 0.8, truth, truth.flip(1))
@@ -245,9 +250,9 @@ def measure_loss(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
 
 
 def measure_step(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row]:
-    """UniMatch's step with ResNet-50 at crop 321, batch 2 + 2, and its peak memory above the loaded model."""
+    """UniMatch's step with batch 2 + 2, and its peak memory above the loaded model."""
     exact = _gradient_difference()
-    plain_model, batches = _model(), [_step_batch(seed) for seed in range(4)]
+    plain_model, batches = _model(), [_step_batch(seed, CROP) for seed in range(4)]
     slow_step = _stepper(plain_model, straightforward=True)
     for title, options in (
         ("float32", {}),
@@ -258,7 +263,7 @@ def measure_step(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
         steps = (_through(batches, slow_step), _through(batches, fast_step))
         times = _alternate(*steps, rounds)
         equality = exact if "amp" not in options else "16-bit forward passes, by choice"
-        yield Row(f"UniMatch step, {title}", *times, "s", equality)
+        yield Row(f"UniMatch step, {BACKBONE}, crop {CROP}, {title}", *times, "s", equality)
     peaks = {way: _memory_of(way) for way in MEMORY_WAYS}
     for way, peak in peaks.items():
         if way != "straightforward":
@@ -266,25 +271,28 @@ def measure_step(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
 
 
 def measure_evaluate(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row]:
-    """Evaluation of four images of the small kind with ResNet-50."""
+    """Evaluation of four images of the first kind."""
     kind = kinds[0]
     device, samples = torch.device("cpu"), list(kind.samples[:4])
     loader = list(val_loader(samples, root, LoaderOptions()))
     model = _model()
     with torch.no_grad():  # statistics that fit, so that predictions vary
-        model.train()(_images(0, 4))
+        model.train()(_images(0, 4, CROP))
     for mode in ("original", "sliding_window"):
-        expected = plain.evaluate(model, loader, mode, 321, 19)
+        expected = plain.evaluate(model, loader, mode, CROP, 19)
         for title, options in (("float32", {}), ("bf16 + channels_last", {"amp": "bf16", "channels_last": True})):
             cfg = _config(**options)
 
             def ours(cfg: Any = cfg, mode: str = mode) -> Any:
-                return evaluate(set_precision(evaluation_copy(model), cfg), loader, mode, 321, 19, device)
+                return evaluate(set_precision(evaluation_copy(model), cfg), loader, mode, CROP, 19, device)
 
             difference = (ours().iou - expected).abs().nan_to_num().max().item()
-            times = _alternate(lambda mode=mode: plain.evaluate(model, loader, mode, 321, 19), ours, rounds)
+            times = _alternate(lambda mode=mode: plain.evaluate(model, loader, mode, CROP, 19), ours, rounds)
             yield Row(
-                f"evaluation, {mode}, {title}", *times, "s", f"IoU of a class differs by {difference:.2g} at most"
+                f"evaluation, {BACKBONE}, {mode}, {title}",
+                *times,
+                "s",
+                f"IoU of a class differs by {difference:.2g} at most",
             )
 
 
@@ -305,13 +313,13 @@ def measure_startup(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[
 
 
 def _config(**options: Any) -> Any:
-    """The recipe of the step: ResNet-50, crop 321, 19 classes."""
+    """The recipe of the step."""
     settings = {
         "dataset": "synthetic",
         "nclass": 19,
-        "backbone": "resnet50",
+        "backbone": BACKBONE,
         "pretrained": False,
-        "crop_size": 321,
+        "crop_size": CROP,
         "device": "cpu",
         **options,
     }
@@ -325,11 +333,11 @@ def _model(**options: Any) -> torch.nn.Module:
     return set_precision(build_model(cfg), cfg)
 
 
-def _images(seed: int, count: int, size: int = 321) -> torch.Tensor:
+def _images(seed: int, count: int, size: int) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def _step_batch(seed: int, size: int = 321, dtype: torch.dtype = torch.float32) -> Any:
+def _step_batch(seed: int, size: int, dtype: torch.dtype = torch.float32) -> Any:
     """Two labelled and two unlabelled images with CutMix boxes as often and as large as in training."""
     rng = np.random.default_rng(seed)
     images = [_images(10 * seed + i, 2, size).to(dtype) for i in range(7)]
@@ -399,28 +407,32 @@ def _memory_of(way: str) -> float:
     """Peak of a step above the loaded model in GB, measured in a process of its own."""
     # Freed memory goes back to the system at once, so that the resident set is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    code = f"from scripts import benchmark; print(benchmark.peak_memory({way!r}, {torch.get_num_threads()}))"
-    command = [sys.executable, "-c", code]
+    arguments = (way, BACKBONE, CROP, torch.get_num_threads())
+    command = [sys.executable, "-c", f"from scripts import benchmark; print(benchmark.peak_memory{arguments})"]
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-def peak_memory(way: str, threads: int) -> float:
+def peak_memory(way: str, backbone: str, crop: int, threads: int) -> float:
     """Peak resident memory in GB of the second step of `way` above that of the loaded model with its momentum."""
     torch.set_num_threads(threads)
-    options, batch = MEMORY_WAYS[way], _step_batch(1)
-    model = _model(**(options or {}))
+    options, batch = MEMORY_WAYS[way], _step_batch(1, crop)
+    model = _model(backbone=backbone, **(options or {}))
     step = _stepper(model, straightforward=options is None)
     step(batch)  # the momentum buffers, and what libraries keep from their first call
     for parameter in model.parameters():
         parameter.grad = None
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    status = {line.split(":")[0]: line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()}
-    before = int(status["VmRSS"])
+    before = _resident("VmRSS")
     step(batch)
-    status = {line.split(":")[0]: line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()}
-    return (int(status["VmHWM"]) - before) * 1024 / 1e9
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    """This process's resident memory, now (VmRSS) or at its peak (VmHWM), in GB."""
+    kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(kilobytes[1]) * 1024 / 1e9
 
 
 # Measuring
@@ -528,7 +540,7 @@ def _line(row: Row) -> str:
 
 def _figure(values: Sequence[float], unit: str) -> str:
     """The median and, in brackets, the middle half."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return f"{statistics.median(values):8.3g} {unit} [{low:.3g}, {high:.3g}]"
 
 
