@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,17 +123,20 @@ class EpochSampler(Sampler[Key]):
     ) -> None:
         self.num_labeled, self.num_unlabeled, self.batch_size, self.seed = num_labeled, num_unlabeled, batch_size, seed
         self.rank, self.processes, self.partner = rank, processes, partner
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and how many of its samples it leaves out."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         length = self.num_labeled if self.num_unlabeled is None else self.num_unlabeled
         return math.ceil(length / self.processes) // self.batch_size * self.batch_size
 
     def __iter__(self) -> Iterator[Key]:
+        return islice(self._keys(), self.start, None)
+
+    def _keys(self) -> Iterator[Key]:
         if self.num_unlabeled is None:
             order = stream(self.seed, ORDER_X, self.epoch).permutation(self.num_labeled)
             yield from (Key(self.epoch, int(x)) for x in self._own_share(order))
@@ -295,6 +300,7 @@ class LoaderOptions(NamedTuple):
 def _start_worker(max_image_pixels: int, _: int) -> None:
     """A loading process takes over the limit of image sizes, not being a copy of its parent everywhere."""
     limit_image_pixels(max_image_pixels)
+    outlive_signals()
 
 
 def train_loader(
@@ -320,6 +326,17 @@ def val_loader(
 ) -> DataLoader:
     """One validation image at a time; each image goes to exactly one process, so shares may differ by one image."""
     return options.build(ValDataset(samples[rank::processes], data_root, label_map, cache), batch_size=1)
+
+
+def outlive_signals() -> None:
+    """Keep a loading process at work while its parent, which got the same signal, finishes its step and saves.
+
+    Ctrl-C, Slurm and torchrun signal all processes of a run, loading ones too.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The interpreter's end and DataLoader may end a loading process by SIGTERM and wait for it: it ends, but later.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def default_workers(processes: int) -> int:

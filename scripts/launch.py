@@ -1,10 +1,12 @@
 """Start a training script in several processes on this machine: torchrun, with checks before and short errors after.
 
-    python -m scripts.launch --processes 4 [--port 29500] unimatch.py --config configs/pascal.yaml ...
+    python -m scripts.launch --processes 4 [--port 29500] [--max-restarts 3] unimatch.py --config ...
 
 One process per GPU; without a GPU, or with `--set device=cpu`, the processes share the CPU. The port is where the
-processes meet; a free one is taken when none is given. The exit status is 0, or that of the first process that failed
-(128 + number if a signal ended it), or 2 with one line on stderr if the launch cannot work.
+processes meet; a free one is taken when none is given. After a failure all processes start again, at most
+`--max-restarts` times. SIGTERM, SIGUSR1 and Ctrl-C are passed on, and the processes have GRACE seconds to save and end.
+The exit status is 0, or that of the first process that failed (128 + number if a signal ended it), or 2 with one line
+on stderr if the launch cannot work.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+GRACE = 120  # seconds; older versions of torch have 30, and whoever sent the signal may have a limit too
+
 
 class LaunchError(ValueError):
     """A launch that cannot work. The message is one line with the way out."""
@@ -24,16 +28,19 @@ class LaunchError(ValueError):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise LaunchError(f"{message}; {self.format_usage().strip()}")
+        raise LaunchError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
 def parse_args(argv):
-    """`argv` (list of str, None for the command line's) as a namespace: processes, port or None, script, arguments."""
+    """`argv` (list of str, None for the command line's) as a namespace: processes, port or None, max_restarts, ..."""
     parser = _Parser(
         prog="python -m scripts.launch", description="Start a training script in several processes.", allow_abbrev=False
     )
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="processes, one per GPU")
     parser.add_argument("--port", type=int, metavar="P", help="port at which they meet (default: a free one)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="restarts after a failure (default: 0)"
+    )
     parser.add_argument("script", metavar="METHOD.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to METHOD.py")
     return parser.parse_args(argv)
@@ -95,7 +102,7 @@ def exit_status(rank, exitcode):
     return 128 - exitcode
 
 
-def run(processes, port, script, arguments):
+def run(processes, port, script, arguments, max_restarts=0):
     """Run the script under torchrun and return the exit status. A signal to this process is passed on to all."""
     import torch
     from torch.distributed import run as torchrun
@@ -106,6 +113,13 @@ def run(processes, port, script, arguments):
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings bury the one line that tells what failed
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+
+    def pass_on(number, _):  # as torchrun does with SIGTERM and SIGINT
+        raise SignalException(f"got signal {number}", signal.Signals(number))
+
+    signal.signal(signal.SIGUSR1, pass_on)
     # torchrun logs every failure at length; `exit_status` says it in a line. The processes' own logging is untouched.
     logger = logging.getLogger("torch.distributed.elastic")
     logger.addHandler(logging.NullHandler())
@@ -116,6 +130,7 @@ def run(processes, port, script, arguments):
     try:
         with tempfile.TemporaryDirectory() as logs:  # its own would stay behind
             options = [*meeting, "--nnodes=1", f"--nproc-per-node={processes}", f"--log-dir={logs}"]
+            options.append(f"--max-restarts={max_restarts}")
             torchrun.main([*options, script, *arguments])
     except ChildFailedError as error:
         return exit_status(*first_failure(error.failures))
@@ -137,7 +152,9 @@ def main(argv=None):
             raise LaunchError(f"{args.script}: no such file; name a training script, such as unimatch.py")
         if args.port is not None:
             check_port(args.port)
-        return run(args.processes, args.port, args.script, args.arguments)
+        if args.max_restarts < 0:
+            raise LaunchError(f"--max-restarts {args.max_restarts}: at least 0 is needed")
+        return run(args.processes, args.port, args.script, args.arguments, args.max_restarts)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

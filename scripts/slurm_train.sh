@@ -1,6 +1,12 @@
 #!/bin/sh
 # Train on a SLURM cluster: srun starts one process per GPU, on as many nodes as that takes.
 # srun's own variables serve for more, such as SLURM_ACCOUNT, SLURM_TIMELIMIT or SLURM_QOS.
+#
+# `sbatch [options] scripts/slurm_train.sh ...`, from the project's root, makes it a batch job that trains through time
+# limits: two minutes before the limit the processes get SIGUSR1, save and end, and the job queues itself again.
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -eu
 
 # What to train. Environment variables of the same names override.
@@ -16,10 +22,15 @@ usage() {
     echo "usage: [NAME=VALUE ...] sh scripts/slurm_train.sh <num_gpu> <port> <partition> [arguments of METHOD.py ...]"
     variables
     echo "Also gpus_per_node (default 8, at most) and cpus_per_task (default 5)."
+    echo "As a batch job: sbatch --nodes=N --gres=gpu:G [...] scripts/slurm_train.sh <num_gpu> <port> <partition> ..."
     echo "example: dataset=cityscapes split=1_16 sh scripts/slurm_train.sh 16 29500 gpu --set scale_lr=true"
 }
 
-CDPATH='' cd -- "$(dirname -- "$0")/.."
+root=$(dirname -- "$0")/..
+if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/scripts/common.sh" ]; then
+    root=${SLURM_SUBMIT_DIR:-.} # sbatch runs a copy of this script that lies elsewhere
+fi
+CDPATH='' cd -- "$root"
 . ./scripts/common.sh
 
 case ${1:-} in
@@ -51,8 +62,32 @@ find_python
 
 # The processes meet at the job's first node, unless MASTER_ADDR names another.
 export MASTER_PORT="$port"
-exec srun --partition="$partition" --job-name="$method-$dataset-$exp-$split" \
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings bury the one line that tells what failed
+set -- --partition="$partition" --job-name="$method-$dataset-$exp-$split" \
     --nodes="$nodes" --ntasks="$num_gpu" --ntasks-per-node="$gpus_per_node" \
     --gres="gpu:$gpus_per_node" --cpus-per-task="$cpus_per_task" --kill-on-bad-exit=1 --export=ALL \
     "$PYTHON" -u "$method.py" --config "$config" --labeled-id-path "$labeled" \
     ${unlabeled:+--unlabeled-id-path "$unlabeled"} --save-path "$save" --port "$port" ${double:+--double-batch} "$@"
+# Outside a batch job, which alone has SLURM_JOB_ID but no SLURM_STEP_ID, there is nothing to queue again.
+if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ]; then
+    exec srun "$@"
+fi
+
+srun "$@" &
+srun=$!
+# With `--signal=B:...` the batch script gets the signal; otherwise srun's processes do.
+for signal in USR1 TERM INT; do
+    # shellcheck disable=SC2064 # the values of now
+    trap "kill -$signal $srun 2>/dev/null" "$signal"
+done
+status=0
+wait "$srun" || status=$?
+while kill -0 "$srun" 2>/dev/null; do # a signal ended the waiting, not srun
+    status=0
+    wait "$srun" || status=$?
+done
+if [ "$status" -eq 138 ]; then # ended by SIGUSR1, after saving: see Resuming in README.md
+    echo "saved before the time limit; job $SLURM_JOB_ID queues itself again" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

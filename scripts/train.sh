@@ -11,6 +11,7 @@ split=${split:-732}
 usage() {
     echo "usage: [NAME=VALUE ...] sh scripts/train.sh <num_gpu> [port] [arguments of METHOD.py ...]"
     variables
+    echo "Also max_restarts (default 0): how often to start all processes again, from the last checkpoint, when one fails."
     echo "example: dataset=cityscapes split=1_16 sh scripts/train.sh 4 29500 --set epochs=2"
 }
 
@@ -28,10 +29,16 @@ case ${1:-} in
     '' | -*) ;;
     *) check_number port "$1" && port=$1 && shift ;;
 esac
+max_restarts=${max_restarts:-0} restarts=
+case $max_restarts in
+    *[!0-9]* | ????*) wrong "max_restarts must be a number, not '$max_restarts'" ;;
+    *[1-9]*) restarts=yes ;;
+esac
 check_run
 find_python
 
 # exec: a signal to this script reaches the launcher, which passes it on to all processes.
 exec "$PYTHON" -m scripts.launch --processes "$num_gpu" ${port:+--port "$port"} \
-    "$method.py" --config "$config" --labeled-id-path "$labeled" ${unlabeled:+--unlabeled-id-path "$unlabeled"} \
+    ${restarts:+--max-restarts "$max_restarts"} "$method.py" --config "$config" --labeled-id-path "$labeled" \
+    ${unlabeled:+--unlabeled-id-path "$unlabeled"} \
     --save-path "$save" ${double:+--double-batch} "$@"

@@ -237,7 +237,7 @@ def cuda_without_gpu(data, save_path):
 def a_checkpoint_that_is_none(data, save_path):
     save_path.mkdir()
     (save_path / "latest.pth").write_text("half a file", encoding="utf-8")
-    return [save_path / "latest.pth", "not a PyTorch checkpoint"]
+    return [save_path / "latest.pth", "damaged or not a checkpoint"]
 
 
 # Where a script is named, the fault is also tried on it as a process of its own.

@@ -12,7 +12,16 @@ import torch
 
 from tests.helpers import PROJECT_ROOT, run_script
 from util import checkpoint
-from util.checkpoint import CheckpointError, copy_checkpoint, save_checkpoint, set_aside
+from util.checkpoint import (
+    CheckpointError,
+    copy_checkpoint,
+    find_checkpoint,
+    save_checkpoint,
+    save_epoch,
+    set_aside,
+    tidy,
+)
+from util.config import Config, to_dict
 
 
 def _state(value: float, numel: int = 10) -> dict[str, object]:
@@ -184,3 +193,147 @@ def test_earlier_results_are_set_aside_under_the_next_free_number(tmp_path):
         assert _names(tmp_path / f"previous-{number}") == sorted(names)
         assert (tmp_path / f"previous-{number}" / "best.pth").read_text() == f"best.pth {number}"
     assert _names(tmp_path) == ["notes.txt", "previous-1", "previous-2"]
+
+
+# --- which one a run continues from
+
+CFG = Config(
+    dataset="tiny",
+    data_root="data",
+    val_id_path="val.txt",
+    classes=("a", "b"),
+    crop_size=32,
+    epochs=9,
+    batch_size=2,
+    lr=0.1,
+    backbone="resnet18",
+)
+RUN = {"method": "unimatch"}
+
+
+def _run_state(epoch: int, position: int | None = None, processes: int = 1) -> dict[str, object]:
+    """A checkpoint after `epoch` epochs of 10 steps, or `position` steps later."""
+    state = {"model": {"weight": torch.full((1000,), float(epoch))}, "optimizer": {}, "previous_best": 1.0}
+    state |= {"epoch": epoch, "iteration": 10 * epoch + (position or 0), "config": to_dict(CFG), "run": RUN}
+    return state if position is None else state | {"position": position, "metrics": {}, "processes": processes}
+
+
+def _find(folder: Path, processes: int = 1) -> tuple[str | None, int]:
+    found = find_checkpoint(folder, CFG, RUN, processes)
+    return found.path and found.path.name, found.first_step
+
+
+def _flip(path: Path, place: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_the_newest_checkpoint_is_continued_and_one_within_an_epoch_before_its_start(tmp_path):
+    assert _find(tmp_path) == (None, 0)
+    save_checkpoint(_run_state(0, 3), tmp_path / "midway.pth")
+    assert _find(tmp_path) == ("midway.pth", 2)  # the last step's curves are still to be written
+    save_checkpoint(_run_state(1), tmp_path / "latest.pth")
+    assert _find(tmp_path) == ("latest.pth", 10)  # a run killed before it removed the other one
+    save_checkpoint(_run_state(1, 4), tmp_path / "midway.pth")
+    assert _find(tmp_path) == ("midway.pth", 13)
+
+
+def test_another_number_of_processes_starts_at_the_epochs_beginning_and_says_so(tmp_path):
+    save_checkpoint(_run_state(0, 3, processes=2), tmp_path / "midway.pth")
+    found = find_checkpoint(tmp_path, CFG, RUN, 1)
+    assert found.path is None and found.notes == (
+        f"note: {tmp_path}/midway.pth is of 2 process(es), and there are 1 now: going on from the start of epoch 1",
+    )
+    save_checkpoint(_run_state(4), tmp_path / "latest.pth")
+    save_checkpoint(_run_state(4, 3, processes=2), tmp_path / "midway.pth")
+    found = find_checkpoint(tmp_path, CFG, RUN, 4)
+    assert found.path.name == "latest.pth" and found.notes[0].endswith("going on from the start of epoch 5")
+    assert _find(tmp_path, 2) == ("midway.pth", 42)
+
+
+def test_after_an_epoch_the_one_before_is_kept_and_what_lies_within_is_removed(tmp_path):
+    for epoch in (1, 2, 3):
+        save_checkpoint(_run_state(epoch - 1, 5), tmp_path / "midway.pth")
+        save_epoch(_run_state(epoch), tmp_path, improved=epoch == 1, keep_last=2)
+    values = {path.name: _value(path) for path in tmp_path.iterdir()}
+    assert values == {"latest.pth": 3, "previous.pth": 2, "best.pth": 1, "epoch-0002.pth": 2, "epoch-0003.pth": 3}
+
+
+def test_any_flipped_bit_of_the_weights_is_noticed_though_torch_load_does_not(tmp_path):
+    path = tmp_path / "latest.pth"
+    save_checkpoint(_run_state(1), path)
+    whole = path.read_bytes()
+    start = whole.index(torch.full((1000,), 1.0).numpy().tobytes())
+    for place in range(start, start + 4000, 397):
+        path.write_bytes(whole)
+        _flip(path, place, place % 8)
+        assert not torch.equal(torch.load(path, weights_only=True)["model"]["weight"], torch.ones(1000))
+        with pytest.raises(CheckpointError, match=r"latest\.pth: damaged or not a checkpoint, and there is no earlier"):
+            find_checkpoint(tmp_path, CFG, RUN)
+
+
+def test_wherever_a_bit_flips_the_content_is_the_same_or_it_is_noticed(tmp_path):
+    path = tmp_path / "latest.pth"
+    state = _run_state(1)
+    state["model"] = {"weight": torch.ones(4)}
+    save_checkpoint(state, path)
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole)
+        _flip(path, place, place % 8)
+        try:
+            find_checkpoint(tmp_path, CFG, RUN)
+        except CheckpointError:
+            noticed += 1
+        else:
+            again = torch.load(path, weights_only=True)
+            assert torch.equal(again.pop("model")["weight"], torch.ones(4))
+            assert again == {key: value for key, value in state.items() if key != "model"}
+    assert noticed > 100
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1, -100])
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_it_continued(tmp_path, length):
+    save_epoch(_run_state(1), tmp_path, improved=True)
+    save_epoch(_run_state(2), tmp_path, improved=True)
+    path = tmp_path / "latest.pth"
+    content = path.read_bytes()[:length]
+    path.write_bytes(content)  # the best one, which is the same file, too
+    found = find_checkpoint(tmp_path, CFG, RUN)
+    assert (found.path.name, found.first_step) == ("previous.pth", 10)
+    assert found.notes == (
+        f"warning: {path} is damaged or incomplete: it is kept as latest.pth.damaged-1, and training goes on from "
+        "previous.pth",
+    )
+    assert path.read_bytes() == content  # finding changes nothing
+    tidy(tmp_path, found.damaged)
+    assert (tmp_path / "latest.pth.damaged-1").read_bytes() == content and not path.exists()
+
+
+def test_a_damaged_checkpoint_within_an_epoch_costs_that_epoch(tmp_path):
+    save_checkpoint(_run_state(0, 3), tmp_path / "midway.pth")
+    _flip(tmp_path / "midway.pth", 3000)
+    found = find_checkpoint(tmp_path, CFG, RUN)
+    assert found.path is None and found.notes[0].endswith("training goes on from the beginning")
+    save_checkpoint(_run_state(1), tmp_path / "latest.pth")
+    assert _find(tmp_path) == ("latest.pth", 10)
+
+
+def test_kept_epochs_and_the_best_one_serve_where_nothing_newer_is_whole(tmp_path):
+    for epoch in (1, 2, 3):
+        save_epoch(_run_state(epoch), tmp_path, improved=epoch == 1, keep_last=2)
+    for name in ("latest.pth", "previous.pth"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(b"")
+    assert _find(tmp_path) == ("epoch-0003.pth", 30)
+    for path in tmp_path.glob("epoch-*"):
+        path.unlink()
+    assert _find(tmp_path) == ("best.pth", 10)
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
+    (tmp_path / "midway.pth.tmp").write_bytes(b"half of it")
+    tidy(tmp_path, [])
+    assert _names(tmp_path) == []

@@ -118,6 +118,9 @@ WRONG_TYPES = {
     "nonfinite_limit": 1.5,
     "log_interval": None,
     "eval_interval": "never",
+    "checkpoint_minutes": "often",
+    "keep_last": "all",
+    "dist_timeout": [600],
 }
 
 
@@ -149,6 +152,9 @@ NUMBERS = [
     ("nonfinite_limit", [1], [0]),
     ("log_interval", [1], [0]),
     ("eval_interval", [1], [0]),
+    ("checkpoint_minutes", [0, 0.5], [-1]),
+    ("keep_last", [0, 3], [-1]),
+    ("dist_timeout", [1, 86_400], [0.5, 86_401]),
 ]
 
 
@@ -536,6 +542,9 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
         "amp": "bf16",
         "compile": True,
         "checkpoint_activations": "none",
+        "checkpoint_minutes": 1,
+        "keep_last": 3,
+        "dist_timeout": 60,
     }
     assert sorted(other) == sorted(NOT_SHAPING)
     assert differing_keys(saved, load_config(write(), other)) == []

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,21 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from dataset import DataError
 from dataset.files import read_list
 from dataset.semi import LoaderOptions, UnlabeledViews, val_loader
 from fixmatch import fixmatch_step
 from model.backbone.resnet import BasicBlock, ResNet
 from model.semseg.deeplabv3plus import DeepLabV3Plus
 from supervised import supervised_step
-from tests.helpers import make_dataset, run_script
+from tests.helpers import make_dataset
 from tests.reference import formulas
 from unimatch import unimatch_step
-from util.cli import TrainingStopped
+from util import faults
+from util.cli import TrainingStopped, run_main
 from util.config import ConfigError
 from util.distributed import (
+    Agreement,
     Processes,
     SyncBatchNormCPU,
     all_reduce_sum,
@@ -328,31 +333,112 @@ def test_metrics_are_means_over_all_processes(tmp_path):
     assert _run(_metric_means, 2, tmp_path) == [{"loss": 3.0}] * 2
 
 
-FAULT_ON_THE_SECOND = """
-import torch
-from dataset import DataError
-from util.cli import run_main
-from util.distributed import all_reduce_sum, find_processes, process_group
-
-def main():
-    processes = find_processes()
-    with process_group(processes, torch.device("cpu")):
-        all_reduce_sum(torch.ones(1))
-        if processes.rank == 1:
-            raise DataError("images/7.jpg: truncated")
-        all_reduce_sum(torch.ones(1))
-
-run_main(main)
-"""
+def _bug() -> None:
+    raise KeyError("oops")
 
 
-def test_a_fault_of_one_process_is_told_while_the_others_wait_for_it(tmp_path):
-    (tmp_path / "fault.py").write_text(FAULT_ON_THE_SECOND)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
-    project = str(Path(__file__).resolve().parents[1])
-    result = run_script(*launcher, tmp_path / "fault.py", env={"PYTHONPATH": project})
-    assert result.returncode != 0
-    assert "error: process 1: images/7.jpg: truncated" in result.stderr.splitlines()
+def _unreadable() -> None:
+    raise DataError("images/7.jpg: truncated")
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "unreadable": _unreadable,
+    "bug": _bug,
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hanging": lambda: time.sleep(100),
+}
+
+
+def _member(rank: int, victim: int, fault: str, port: int, folder: Path) -> None:
+    """One of two processes as a launcher starts them, of which one fails between two operations."""
+    os.dup2(os.open(folder / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    faults.PATIENCE = 3.0
+
+    def main() -> None:
+        with process_group(Processes(rank, 2, rank), CPU, 4, (folder / f"{rank}.told").write_text):
+            all_reduce_sum(torch.ones(1))
+            if rank == victim:
+                FAULTS[fault]()
+            all_reduce_sum(torch.ones(1))
+
+    run_main(main)
+
+
+@pytest.mark.parametrize(
+    ("fault", "victim", "expected", "statuses"),
+    [
+        ("unreadable", 1, "error: process 1: images/7.jpg: truncated", [1, 2]),
+        ("unreadable", 0, "error: images/7.jpg: truncated", [2, 1]),
+        ("bug", 1, "error: process 1: KeyError: 'oops'", [1, 1]),
+        ("killed", 1, "error: process 1 hangs or is gone: the others waited for it in vain (", [None, -9]),
+        ("killed", 0, "error: the process that held the others together (torchrun, or else the first", [-9, None]),
+        ("stopped", 1, "error: process 1 has given no sign of life for 4 s (dist_timeout): it was killed ", [3, -9]),
+        ("hanging", 1, "error: process 1 hangs or is gone: the others waited for it in vain (", [3, 1]),
+    ],
+)
+def test_a_fault_of_one_process_ends_the_others_and_one_tells_why(tmp_path, fault, victim, expected, statuses):
+    multiprocessing.set_forkserver_preload(["tests.test_distributed", "torch.multiprocessing.spawn"])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    start = multiprocessing.get_context("forkserver").Process
+    members = [start(target=_member, args=(rank, victim, fault, port, tmp_path)) for rank in range(2)]
+    for member in members:
+        member.start()
+    survivor = members[1 - victim]
+    survivor.join(60)
+    members[victim].join(0 if fault in ("stopped", "hanging") else 60)
+    for member in members:
+        if member.is_alive():
+            assert member is not survivor, "the survivor waits on"
+            member.kill()
+            member.join()
+    told = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(2))
+    (line,) = [line for line in told.splitlines() if "rror: " in line and not line.startswith("KeyError")]
+    if fault == "stopped":  # whether its thread or the operation that waits finds it first
+        assert line.startswith((expected, "error: process 1 hangs or is gone"))
+    elif (fault, victim) == ("killed", 0):  # whether the store or the connection is found gone first
+        assert line.startswith((expected, "error: process 1: process 0 hangs or is gone", "error: process 1: the "))
+    else:
+        assert line.startswith(expected)
+    assert told.count("Traceback") == (fault == "bug")
+    for member, status in zip(members, statuses, strict=True):
+        assert member.exitcode == status or status is None
+
+
+def _wishes(rank: int, count: int) -> list[int]:
+    agreement = Agreement(60)
+    answers = [agreement.exchange(wish if rank == step % count else 0) for step, wish in enumerate((0, 0, 15, 1, 0))]
+    answers.append(agreement.settle())
+    agreement.wait_for_all()
+    return [*answers, agreement.settle()]
+
+
+def test_all_processes_agree_on_the_greatest_wish_one_step_later(tmp_path):
+    assert _run(_wishes, 2, tmp_path) == [[0, 0, 0, 15, 1, 0, 0]] * 2
+    assert _wishes(0, 1) == [0, 0, 15, 1, 0, 0, 0]  # alone there is nothing to wait for
+
+
+def _unread_metrics(rank: int, count: int) -> list[dict[str, float]]:
+    """A reading, directly and after the state went through a checkpoint."""
+    readings = []
+    for through in (False, True):
+        metrics = StepMetrics()
+        for step in range(3):
+            metrics.append(step, {"loss": torch.tensor(0.1 * (step + 3 * rank))})
+        if through:
+            state = metrics.state()
+            metrics = StepMetrics()
+            metrics.load_state(state, rank, CPU)
+        readings.append(metrics.read())
+    return readings
+
+
+def test_metrics_that_are_not_read_yet_survive_a_checkpoint_to_the_bit(tmp_path):
+    for direct, through in _run(_unread_metrics, 2, tmp_path):
+        assert direct == through and direct["loss"] == pytest.approx(0.25)
 
 
 # --- how processes are found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import supervised
 from tests.helpers import TinyData, make_dataset, run_script
 from util import engine
+from util.checkpoint import CheckpointError
 from util.cli import EXIT_STOPPED, TrainingStopped, run_main
 from util.engine import StepMetrics, step_seed
 from util.log import RunLog
@@ -119,7 +121,6 @@ def test_the_log_of_another_process_than_the_main_one_is_mute(tmp_path, capsys):
         log.info("text")
         log.progress("text")
         log.scalars({"loss": 1.0}, 0)
-        log.flush()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
@@ -146,6 +147,21 @@ def test_curves_of_a_continued_run_have_each_point_once(tmp_path):
         "train/loss_all": [(0, 0.0), (1, 1.0), (2, 12.0), (3, 13.0)],
         "eval/mIoU": [(1, 50.0), (3, 60.0)],
     }
+
+
+@pytest.mark.parametrize("write", ["info", "scalars"])
+def test_a_full_disk_is_one_line_for_the_log_and_the_curves_too(tmp_path, write):
+    """A limit on the size of files stands in for it."""
+    name = "train.log" if write == "info" else "TensorBoard's file"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(CheckpointError) as caught, RunLog(tmp_path, active=True) as log:
+        log.scalars({"loss": 1.0}, 0)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+            log.info("text") if write == "info" else log.scalars({"loss": 1.0}, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert str(caught.value) == f"{tmp_path}: {name} cannot be written (File too large); checkpoints are intact"
 
 
 # --- runs that cannot go on

@@ -22,7 +22,8 @@ from scripts import launch
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
 OURS = ("dataset", "method", "exp", "split", "config", "labeled", "unlabeled", "double_batch", "gpus_per_node",
-        "cpus_per_task", "PYTHON", "OMP_NUM_THREADS", "VIRTUAL_ENV", "CONDA_PREFIX", "MASTER_ADDR", "MASTER_PORT",
+        "cpus_per_task", "max_restarts", "SLURM_JOB_ID", "SLURM_STEP_ID", "PYTHON",
+        "OMP_NUM_THREADS", "VIRTUAL_ENV", "CONDA_PREFIX", "MASTER_ADDR", "MASTER_PORT",
         "RANK", "WORLD_SIZE", "LOCAL_RANK")  # fmt: skip
 
 RECORD = """
@@ -158,7 +159,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert result.stderr == "error: process 1 was ended by signal 9 (SIGKILL); out of memory is the usual cause\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_all_processes_without_a_traceback(tmp_path, number):
     script = write(
         tmp_path / "script.py",
@@ -188,9 +189,26 @@ time.sleep(100)
             os.kill(int(path.read_text()), 0)
 
 
+def test_after_a_failure_all_processes_start_again_as_often_as_allowed(tmp_path):
+    script = write(
+        tmp_path / "script.py",
+        """
+import os, sys, time
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+os.write(1, f"{os.environ['RANK']}:{attempt}\\n".encode())
+if attempt == "0":
+    sys.exit(5) if os.environ["RANK"] == "1" else time.sleep(60)
+""",
+    )
+    result = run(sys.executable, "-m", "scripts.launch", "--processes=2", "--max-restarts=1", script)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert sorted(result.stdout.split()) == ["0:0", "0:1", "1:0", "1:1"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--processes", "1", "--max-restarts", "-1", "scripts/launch.py"], "--max-restarts -1"),
         (["--processes", "0", "unimatch.py"], "--processes 0"),
         (["--processes", "two", "unimatch.py"], "'two'"),
         (["unimatch.py"], "--processes"),
@@ -307,6 +325,14 @@ def test_train_takes_config_and_labelled_list_of_any_dataset(project):
         "--config", "configs/my own.yaml", "--labeled-id-path", "lists/my list.txt",
         "--save-path", "exp/mine/unimatch/r101/732",
     ]  # fmt: skip
+
+
+def test_train_restarts_as_often_as_told(project):
+    assert arguments_of(sh(project, "train.sh", 2, max_restarts="3"))[:7] == [
+        "-m", "scripts.launch", "--processes", "2", "--max-restarts", "3", "unimatch.py",
+    ]  # fmt: skip
+    assert "--max-restarts" not in arguments_of(sh(project, "train.sh", 2, max_restarts="0"))
+    assert_usage_error(sh(project, "train.sh", 2, max_restarts="often"), "max_restarts", "'often'")
 
 
 def test_train_doubles_the_supervised_batch_unless_told_otherwise(project):
@@ -454,6 +480,52 @@ def test_slurm_train_without_slurm_names_the_other_launcher(project, tmp_path):
     tools = tools_only(tmp_path, "sh", "dirname", "cat")
     result = sh(project, "slurm_train.sh", 1, 29500, "gpu", PATH=tools)
     assert_usage_error(result, "srun not found", "scripts/train.sh")
+
+
+@pytest.fixture
+def job(project, srun, tmp_path):
+    """Run slurm_train.sh as a batch job, in which each process ends with a status; what was told to scontrol."""
+    told = tmp_path / "scontrol.told"
+    write(tmp_path / "bin/scontrol", f"#!/bin/sh\necho \"$*\" >>'{told}'\n", 0o755)
+    shutil.copy(project / "scripts/slurm_train.sh", tmp_path / "slurm_script")  # sbatch runs a copy
+
+    def job(body, **variables):
+        write(project / "unimatch.py", body)
+        result = run(
+            "sh", tmp_path / "slurm_script", 2, 29500, "gpu", cwd=tmp_path, PYTHON=sys.executable,
+            SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(project), **srun, **variables,
+        )  # fmt: skip
+        return result, told.read_text() if told.exists() else ""
+
+    return job
+
+
+def test_a_batch_job_that_was_saved_before_its_time_limit_queues_itself_again(job):
+    result, told = job("raise SystemExit(138)")
+    assert (result.returncode, told) == (138, "requeue 77\n")
+    assert "job 77 queues itself again" in result.stderr
+
+
+@pytest.mark.parametrize("status", [0, 2, 3, 143])
+def test_a_batch_job_that_ends_otherwise_does_not(job, status):
+    result, told = job(f"raise SystemExit({status})")
+    assert (result.returncode, told) == (status, "")
+
+
+def test_a_step_of_a_job_is_not_queued_again(job):
+    result, told = job("raise SystemExit(138)", SLURM_STEP_ID="0")
+    assert (result.returncode, told) == (138, "")
+
+
+def test_a_signal_to_the_batch_script_reaches_srun(job, tmp_path):
+    """As sbatch --signal=B:USR1@120 sends it."""
+    write(tmp_path / "bin/srun", """#!/bin/sh
+trap 'exit 138' USR1
+kill -USR1 "$PPID"
+while :; do sleep 0.1; done
+""", 0o755)  # fmt: skip
+    result, told = job("")
+    assert (result.returncode, told) == (138, "requeue 77\n")
 
 
 # setup_env.sh, quickstart.sh, test.sh

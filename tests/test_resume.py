@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -16,10 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fixmatch
 import supervised
 import unimatch
+from dataset.semi import TrainDataset
 from tests.helpers import PROJECT_ROOT, TinyData, make_dataset, run_script
-from util import engine
-from util.cli import EXIT_USER_ERROR, run_main
+from util import checkpoint, engine, evaluate
+from util.cli import EXIT_SIGNAL, EXIT_USER_ERROR, run_main
 from util.schedule import poly_lr
+from util.signals import Interrupted, StopSignals
 
 # Two epochs of three iterations.
 KILLED_IN_THE_SECOND_EPOCH = """
@@ -162,7 +165,7 @@ def test_a_run_killed_between_writing_its_two_checkpoints_ends_the_same(data, tm
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "copy_checkpoint", killed)
+    monkeypatch.setattr(checkpoint, "copy_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         supervised.main(data.arguments(tmp_path / "run"))
     monkeypatch.undo()
@@ -200,6 +203,148 @@ def test_a_run_may_continue_on_another_number_of_processes(data, interrupted):
     assert not any(name.startswith("module.") for name in state["model"])
 
 
+# --- within an epoch
+
+
+@pytest.fixture(scope="module")
+def unread(data: TinyData) -> Iterator[tuple[list[str], Path]]:
+    """Arguments of a run that reads its metrics every second of three steps, and its end without interruption."""
+    path = data.root.parent / "unread"
+    arguments = ["--set", "log_interval=2"]
+    unimatch.main([*data.arguments(path), *arguments])
+    yield arguments, path
+    shutil.rmtree(path)
+
+
+def _signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> None:
+    """Send this process a signal at the start of a step."""
+    set_poly_lr = engine.set_poly_lr
+
+    def hit(optimizer, step, total):
+        if step == iteration:
+            os.kill(os.getpid(), number)
+        set_poly_lr(optimizer, step, total)
+
+    monkeypatch.setattr(engine, "set_poly_lr", hit)
+
+
+def _losses(path: Path) -> dict[str, str]:
+    """Epoch and iteration, with the values logged there; a repeated one has to be the same."""
+    found: dict[str, str] = {}
+    for line in (path / "train.log").read_text().splitlines():
+        if progress := re.search(r"(epoch \S+  iteration \S+)  (.*)  lr ", line):
+            assert found.setdefault(progress[1], progress[2]) == progress[2]
+    return found
+
+
+def _assert_same_end(expected: Path, path: Path) -> None:
+    for name in ("latest.pth", "best.pth"):
+        _assert_same(_load(expected, name), _load(path, name))
+    assert _curves(path) == _curves(expected)
+    assert _losses(path) == _losses(expected)
+    assert not (path / "midway.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("iteration", "number", "where"),
+    [
+        (0, signal.SIGTERM, "1/3 of epoch 1"),
+        (2, signal.SIGUSR1, "3/3 of epoch 1"),
+        (4, signal.SIGINT, "2/3 of epoch 2"),
+    ],
+)
+def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(
+    data, unread, tmp_path, monkeypatch, capsys, iteration, number, where
+):
+    arguments, expected = unread
+    path = tmp_path / "run"
+    _signal_at(monkeypatch, iteration, number)
+    with pytest.raises(SystemExit) as exited:
+        run_main(lambda: unimatch.main([*data.arguments(path), *arguments]))
+    assert exited.value.code == EXIT_SIGNAL + number
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: ended by {signal.Signals(number).name} after iteration {where}, saved in {path}/midway.pth: "
+        "the same command continues from there"
+    )
+    state = _load(path, "midway.pth")
+    assert (state["iteration"], state["processes"]) == (iteration + 1, 1)
+    monkeypatch.undo()
+    keys = []
+    read = TrainDataset.__getitem__
+    monkeypatch.setattr(TrainDataset, "__getitem__", lambda self, key: keys.append(key) or read(self, key))
+    unimatch.main([*data.arguments(path), *arguments])
+    assert len(keys) == 2 * (5 - iteration)  # no image is read again to find the place
+    _assert_same_end(expected, path)
+    shutil.rmtree(path)
+
+
+def test_a_signal_during_evaluation_ends_it_and_it_is_repeated(data, unread, tmp_path, monkeypatch):
+    arguments, expected = unread
+    path, seen = tmp_path / "run", []
+    predict = evaluate.predict
+
+    def signalled(*args):
+        seen.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*args)
+
+    monkeypatch.setattr(evaluate, "predict", signalled)
+    with pytest.raises(Interrupted, match=r"after iteration 3/3 of epoch 1"):
+        unimatch.main([*data.arguments(path), *arguments])
+    assert len(seen) == 1  # of two images
+    monkeypatch.undo()
+    unimatch.main([*data.arguments(path), *arguments])
+    _assert_same_end(expected, path)
+    shutil.rmtree(path)
+
+
+def test_a_run_killed_between_saves_repeats_the_steps_since_the_last(data, unread, tmp_path):
+    """Saved at each step; a step is logged before the next one is killed."""
+    arguments, expected = unread
+    path, script = tmp_path / "run", tmp_path / "killed.py"
+    script.write_text(KILLED_IN_THE_SECOND_EPOCH)
+    arguments = [*data.arguments(path), *arguments, "checkpoint_minutes=1e-9"]
+    assert run_script(script, *arguments, env={"PYTHONPATH": str(PROJECT_ROOT)}).returncode == -signal.SIGKILL
+    assert _load(path, "midway.pth")["iteration"] == 4
+    unimatch.main(arguments)
+    state, whole = _load(path), _load(expected)
+    assert state["config"].pop("checkpoint_minutes") == 1e-9 and whole["config"].pop("checkpoint_minutes") == 15
+    _assert_same(state, whole)
+    assert _curves(path) == _curves(expected) and _losses(path) == _losses(expected)
+    shutil.rmtree(path)
+
+
+def test_every_epoch_is_saved_also_where_it_is_not_evaluated(data, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    arguments = [*data.arguments(path), "--set", "epochs=4", "eval_interval=2", "keep_last=3"]
+    _signal_at(monkeypatch, 3, signal.SIGTERM)  # an epoch has two steps
+    with pytest.raises(Interrupted):
+        supervised.main(arguments)
+    assert (_load(path)["epoch"], _load(path)["best_epoch"]) == (1, 0)
+    assert (path / "midway.pth").exists() and not (path / "best.pth").exists()
+    monkeypatch.undo()
+    supervised.main(arguments)
+    assert [step + 1 for step, _ in _curves(path)["eval/mIoU"]] == [4, 8]
+    names = {file.name: _load(path, file.name)["epoch"] for file in path.glob("*.pth")}
+    assert names.pop("best.pth") in (2, 4)
+    assert names == {"latest.pth": 4, "previous.pth": 3, "epoch-0002.pth": 2, "epoch-0003.pth": 3, "epoch-0004.pth": 4}
+    shutil.rmtree(path)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignals() as signals:
+        for _ in range(2):  # as Slurm may send it
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert list(signals.cut("abc")) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 # --- what cannot be continued
 
 
@@ -214,6 +359,7 @@ def test_settings_that_shape_training_may_not_change(data, interrupted, capsys):
     )
     for choice in ("set them back", "another --save-path", "--resume never"):
         assert choice in line
+    assert before.pop("run.lock")  # of the killed process
     assert _content(interrupted) == before
 
 
@@ -233,13 +379,14 @@ def test_another_method_is_refused(data, interrupted, capsys):
     assert "(method: unimatch -> fixmatch)" in line
 
 
-def test_a_damaged_checkpoint_is_refused(data, interrupted, capsys):
+def test_a_damaged_checkpoint_without_an_earlier_one_is_refused(data, interrupted, capsys):
     latest = interrupted / "latest.pth"
     content = latest.read_bytes()
+    (interrupted / "best.pth").unlink()
     for damaged in (content[: len(content) // 2], b"", b"not a checkpoint", b"\x80\x02."):
         latest.write_bytes(damaged)
         line = _refused(unimatch.main, data.arguments(interrupted), capsys)
-        assert str(latest) in line and "not a PyTorch checkpoint of tensors, or an incomplete one" in line
+        assert line.startswith(f"error: {latest}: damaged or not a checkpoint, and there is no earlier one ")
         assert latest.read_bytes() == damaged
 
 

@@ -90,7 +90,7 @@ def _config(data: TinyData, method: str):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_checkpoints_log_config_and_curves(data, runs, method):
     names = sorted(re.sub(r"tfevents\..*", "tfevents", path.name) for path in runs[method].iterdir())
-    assert names == ["best.pth", "config.yaml", "events.out.tfevents", "latest.pth", "train.log"]
+    assert names == ["best.pth", "config.yaml", "events.out.tfevents", "latest.pth", "previous.pth", "train.log"]
     assert load_config(runs[method] / "config.yaml") == _config(data, method)
 
 

@@ -1,4 +1,9 @@
-"""Checkpoints: written whole or not at all, read without running code, compared with the config that continues them."""
+"""Checkpoints: written whole or not at all, read without running code, compared with the config that continues them.
+
+A run keeps `latest.pth` of the last finished epoch, `previous.pth`, which was the latest before it, `best.pth`, and,
+within an epoch, `midway.pth`. The files are PyTorch's zip archives, whose parts carry checksums (CRC-32); torch.load
+does not look at them, so what a run continues from is verified here.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,22 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from model import read_checkpoint
 from util.config import Config, differing_keys
 
-LATEST, BEST, LOG_FILE, CONFIG_FILE = "latest.pth", "best.pth", "train.log", "config.yaml"
+LATEST, PREVIOUS, BEST, MIDWAY = "latest.pth", "previous.pth", "best.pth", "midway.pth"
+EPOCHS = "epoch-*.pth"
+LOG_FILE, CONFIG_FILE = "train.log", "config.yaml"
 # What a run writes into its save path; `--resume never` moves these aside.
-RESULTS = (LATEST, BEST, LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
+RESULTS = (LATEST, PREVIOUS, BEST, MIDWAY, EPOCHS, "*.damaged-*", LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
 NUMBER = (int, float)
 KINDS = {"model": dict, "optimizer": dict, "epoch": int, "iteration": int, "previous_best": NUMBER, "config": dict}
@@ -31,12 +40,32 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, written or continued; the message is one line for the user."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to continue from: its file, the TensorBoard step that it comes after, and what there is to say."""
+
+    path: Path | None
+    first_step: int = 0
+    notes: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+
+
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Write `state` under a temporary name, flush it to the disk, then rename: `path` is whole at every moment."""
+    """Write `state` to `path`, which is whole at every moment. Raises CheckpointError."""
+    with replacing(path) as file:
+        torch.save(dict(state), file)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is written to the end and flushed to the disk.
+
+    Until then it has a temporary name. Raises CheckpointError if the disk refuses.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(dict(state), file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -45,6 +74,28 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be written ({_reason(error)}); earlier ones are intact") from None
     finally:
         _remove(temporary)
+
+
+def save_epoch(state: Mapping[str, Any], save_path: Path, improved: bool, keep_last: int = 0) -> None:
+    """Save the state after an epoch; if it `improved` on the best mIoU, as the best one too.
+
+    The latest one becomes the previous one and stays until the new one is complete. Of the last `keep_last` epochs
+    copies are kept. What was saved within the epoch is removed.
+    """
+    latest, best = save_path / LATEST, save_path / BEST
+    if latest.exists():
+        copy_checkpoint(latest, save_path / PREVIOUS)
+    if improved:
+        # Best before latest: a run killed between the two repeats the epoch and writes the same again.
+        save_checkpoint(state, best)
+        copy_checkpoint(best, latest)
+    else:
+        save_checkpoint(state, latest)
+    if keep_last:
+        copy_checkpoint(latest, save_path / EPOCHS.replace("*", f"{state['epoch']:04}"))
+        for old in sorted(save_path.glob(EPOCHS))[:-keep_last]:
+            _remove(old)
+    _remove(save_path / MIDWAY)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -66,25 +117,99 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         _remove(temporary)  # also where both names were one file already: renaming then does nothing
 
 
-def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str]) -> dict[str, Any] | None:
-    """The `latest.pth` to continue from, or None for a fresh run.
+def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], processes: int = 1) -> Found:
+    """What to continue from: the newest checkpoint that is whole; its path is None for a fresh run.
 
-    `run` says what shapes training besides the config: method and lists. Raises CheckpointError where any differs.
+    `run` says what shapes training besides the config: method and lists. A checkpoint within an epoch serves only the
+    number of `processes` that wrote it. Raises CheckpointError where the settings differ, and where `latest.pth` is
+    damaged and nothing is left to fall back to. Nothing is changed here.
     """
-    path = save_path / LATEST
-    if not path.exists():
+    damaged: list[Path] = []
+    notes: list[str] = []
+    earlier = sorted(save_path.glob(EPOCHS), reverse=True)
+    whole: dict[Path, dict[str, Any]] = {}
+    for path in (save_path / LATEST, save_path / PREVIOUS, *earlier, save_path / BEST):
+        if state := _read_whole(path, damaged):
+            whole[path] = state
+            break
+    midway = save_path / MIDWAY
+    state = _read_whole(midway, damaged)
+    if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
+        _check_settings(midway, state, cfg, run)
+        if state["processes"] == processes:
+            whole = {midway: state}
+        else:
+            notes.append(
+                f"note: {midway} is of {state['processes']} process(es), and there are {processes} now: "
+                f"going on from the start of epoch {max((other['epoch'] for other in whole.values()), default=0) + 1}"
+            )
+    if not whole:
+        if any(path != midway for path in damaged):
+            raise CheckpointError(
+                f"{damaged[0]}: damaged or not a checkpoint, and there is no earlier one to fall back to: "
+                "put a good copy in its place, or start anew with --resume never (it keeps earlier results aside)"
+            )
+        path, first_step = None, 0
+    else:
+        ((path, state),) = whole.items()
+        _check_settings(path, state, cfg, run)
+        # Within an epoch the curves of its last step are still to be written.
+        first_step = state["iteration"] - ("position" in state)
+    notes += [
+        f"warning: {bad} is damaged or incomplete: it is kept as {aside_name(bad).name}, and training goes on from "
+        + (path.name if path else "the beginning")
+        for bad in damaged
+    ]
+    return Found(path, first_step, tuple(notes), tuple(damaged))
+
+
+def _read_whole(path: Path, damaged: list[Path]) -> dict[str, Any] | None:
+    """What tells a checkpoint's place and settings; None if there is no such file, or it is put among the `damaged`."""
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
         return None
-    state = read_checkpoint(path)
-    missing = [key for key in NEEDED if not isinstance(state, dict) or key not in state]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        state = None if broken else read_checkpoint(path)
+    except Exception:  # zipfile raises whatever its parser meets in damaged bytes
+        state = None
+    if state is None:
+        damaged.append(path)
+        return None
+    needed = (*NEEDED, "position", "metrics", "processes") if path.name == MIDWAY else NEEDED
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed: it has no {', '.join(missing)} {CHOICES}")
     check_kinds(path, state)
+    return {key: value for key, value in state.items() if key not in ("model", "optimizer", "metrics")}
+
+
+def _check_settings(path: Path, state: Mapping[str, Any], cfg: Config, run: Mapping[str, str]) -> None:
     saved = state["run"]
     differing = [f"{key}: {saved.get(key)} -> {value}" for key, value in run.items() if saved.get(key) != value]
     differing += differing_keys(state["config"], cfg)
     if differing:
         raise CheckpointError(f"{path}: was trained with other settings ({'; '.join(differing)}) {CHOICES}")
-    return state
+
+
+def aside_name(path: Path) -> Path:
+    """The next free name under which a damaged file is kept."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return target
+
+
+def tidy(save_path: Path, damaged: Iterable[Path]) -> None:
+    """Keep damaged checkpoints under another name, and remove the unfinished files that a killed run left behind."""
+    for path in damaged:
+        path.rename(aside_name(path))
+    for name in (LATEST, PREVIOUS, BEST, MIDWAY, CONFIG_FILE):
+        _remove(save_path / f"{name}.tmp")
 
 
 def check_kinds(path: Path, state: Mapping[str, Any]) -> None:

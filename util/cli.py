@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,15 +17,24 @@ from dataset import DataError
 from model import WeightsError
 from util.checkpoint import CheckpointError
 from util.config import ConfigError
+from util.signals import Interrupted
 
 EXIT_USER_ERROR = 2  # something to correct: the line on stderr says what
 EXIT_STOPPED = 3  # training stopped itself, for instance at a loss that is not finite
+EXIT_SIGNAL = 128  # plus the signal's number: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; training saves before
 
 USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError)
 
 
+EXIT_CONSEQUENCE = 1  # another process failed; the launchers look for another status first
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
+
+
+class Silenced(Exception):
+    """This process ends for another one's fault, which that one tells; the message is the fault."""
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,35 +84,58 @@ def parse_args(method: str, argv: Sequence[str] | None = None) -> argparse.Names
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry script's main; an error that the user can mend becomes one line and exit status 2 or 3."""
+    """Run an entry script's main; an error that the user can mend becomes one line and exit status 2 or 3.
+
+    A signal ends it with 128 plus the signal's number. Of several processes one speaks.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    silent = False
     try:
         main()
         return
     except USER_ERRORS as error:
-        message, status = _last_line(error), EXIT_USER_ERROR
+        message, status = error_line(error), EXIT_USER_ERROR
     except TrainingStopped as error:
         message, status = str(error), EXIT_STOPPED
     except torch.cuda.OutOfMemoryError as error:
         hint = "lower batch_size or crop_size, or use more processes"
         message, status = f"out of GPU memory: {hint} ({str(error).splitlines()[0]})", EXIT_STOPPED
+    except Interrupted as error:
+        message, status, silent = str(error), EXIT_SIGNAL + error.number, rank > 0
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    if rank > 0:
-        if status == 130:  # every process gets the signal; one says so
-            os._exit(status)
-        # Most errors occur on every process alike, and the launcher ends all when the first has ended. So rank 0 speaks
-        # at once, and another only if it is still there a little later: then the fault is its own.
-        time.sleep(5)
+        message, status, silent = "interrupted", EXIT_SIGNAL + signal.SIGINT, rank > 0
+    except Silenced as error:
+        message, status, silent = str(error), EXIT_CONSEQUENCE, True
+    except Exception as error:
+        if not torch.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        message, status = f"{type(error).__name__}: {error_line(error)}", EXIT_CONSEQUENCE
+    grouped = torch.distributed.is_initialized()
+    if rank > 0 and not silent:
+        # Before the processes have met, errors occur on every process alike, and the launcher ends all when the first
+        # has ended. So rank 0 speaks at once, and another only if it is still there a little later.
+        if not grouped:
+            time.sleep(5)
         message = f"process {rank}: {message}"
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if not silent:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    _end_loading_processes()
     # Not sys.exit: other processes may be gone, and waiting for them at the interpreter's end could take forever.
-    os._exit(status) if torch.distributed.is_initialized() else sys.exit(status)
+    os._exit(status) if grouped else sys.exit(status)
 
 
-def _last_line(error: Exception) -> str:
-    """The message itself: an error out of a loading process comes wrapped in that process's traceback."""
+def _end_loading_processes() -> None:
+    """Loading processes outlive SIGTERM, by which the interpreter's end would end them and then wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would take their end for a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def error_line(error: Exception) -> str:
+    """The message in one line: an error out of a loading process comes wrapped in that process's traceback."""
     lines = str(error).strip().splitlines()
     # Elsewhere a line break can only come out of a name or value in the message.
     line = lines[-1] if "Original Traceback" in str(error) else " ".join(lines)

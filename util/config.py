@@ -177,7 +177,14 @@ class Config:
     )
     nonfinite_limit: int = _key("undone steps before the run stops after all", 10, minimum=1)
     log_interval: int = _key("iterations between two lines of the log", 50, minimum=1)
-    eval_interval: int = _key("epochs between two evaluations, each of which saves a checkpoint", 1, minimum=1)
+    eval_interval: int = _key("epochs between two evaluations", 1, minimum=1)
+    checkpoint_minutes: float = _key(
+        "minutes between two checkpoints within an epoch; 0: only after epochs", 15.0, minimum=0
+    )
+    keep_last: int = _key("checkpoints of the last epochs to keep, as epoch-0001.pth and so on", 0, minimum=0)
+    dist_timeout: float = _key(
+        "seconds after which a process that does not answer has failed", 600.0, minimum=1, maximum=86_400
+    )
 
     def __post_init__(self) -> None:
         """Fill in what the data set implies, so that `nclass`, `classes` and `palette` are always there."""
@@ -206,6 +213,7 @@ NOT_SHAPING = (
     *("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "cache_gb", "cache_dir"),
     *("channels_last", "amp", "compile", "checkpoint_activations"),
     *("check_data", "max_image_pixels", "allow_outside_root"),
+    *("checkpoint_minutes", "keep_last", "dist_timeout"),
     # These change what happens at a fault only: a run that one has stopped may go on with the other answer to it.
     *("on_bad_image", "bad_image_limit", "on_nonfinite", "nonfinite_limit"),
 )

@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,9 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from util.config import ConfigError
+from util.faults import Watch
 
 
 @dataclass(frozen=True)
@@ -101,23 +103,51 @@ def port_is_free(port: int, host: str = "") -> bool:
 
 
 @contextlib.contextmanager
-def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes (nccl on GPUs, gloo on the CPU); nothing for a process alone."""
+def process_group(
+    processes: Processes,
+    device: torch.device,
+    seconds: float = 600,
+    on_fault: Callable[[str], None] = lambda line: None,
+) -> Iterator[None]:
+    """Join the other processes (nccl on GPUs, gloo on the CPU); nothing for a process alone.
+
+    A process that fails ends the others soon, one that does not answer within `seconds`; one of them tells why
+    (util.faults). `on_fault` gets the line where it is another's fault.
+    """
     if processes.count == 1:
         yield
         return
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+    # The main process may check the data for long before it comes.
+    patience = timedelta(hours=2)
+    store, *_ = next(rendezvous("env://", processes.rank, processes.count, timeout=patience))
+    # torchrun's store outlives a restart of the processes.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set(f"here{processes.rank}", "")
+    store.wait([f"here{rank}" for rank in range(processes.count)], patience)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
+        store=store,
         rank=processes.rank,
         world_size=processes.count,
-        timeout=timedelta(minutes=30),
+        timeout=timedelta(seconds=seconds),
         device_id=device if cuda else None,
     )
-    yield
-    # Not after an error: the others would fail at once for want of this process, before it has told its own fault.
+    watch = Watch(processes.rank, processes.count, seconds, on_fault)
+    dist.barrier()
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        # The group stays: without this process the others would fail at once, before it has told its own fault.
+        settled = watch.settle(error)
+        if settled is error:
+            raise
+        raise settled from None
+    watch.stop()
+    dist.barrier()  # the first process may be the one that keeps the store
     dist.destroy_process_group()
 
 
@@ -130,12 +160,16 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         _convert_batchnorm(model)
+    # After its first backward pass DDP arranges the gradients anew, unless it looks for unused parameters (there are
+    # none). From three processes on, their sums' last bits would then depend on where a run was interrupted.
+    fixed_order = device.type == "cpu" and process_count() > 2
     # Buffers are equal everywhere without being sent: synchronised BatchNorm computes the same statistics.
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         **_NO_BUFFER_BROADCAST,
         gradient_as_bucket_view=True,
+        find_unused_parameters=fixed_order,
     )
 
 
@@ -167,6 +201,51 @@ def gather_objects(value: Any) -> list[Any]:
 def process_count() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes, of one shape, along a new first dimension, on each of them."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(process_count())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+class Agreement:
+    """What all processes agree on: the greatest of their wishes, numbers from 0.
+
+    The answer comes one call late. So it is on its way during a step, and nobody waits for it, nor for a GPU: the
+    numbers go between the processors, in a gloo group of their own. Make it on all processes alike.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)) if process_count() > 1 else None
+        )
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def exchange(self, wish: int) -> int:
+        """Send this call's wish; the answer to those of the call before (with one process, to this one)."""
+        if self._group is None:
+            return wish
+        answer = self.settle()
+        tensor = torch.tensor([wish])
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True), tensor
+        return answer
+
+    def settle(self) -> int:
+        """The answer that is still on its way, 0 if none is."""
+        if self._pending is None:
+            return 0
+        (work, tensor), self._pending = self._pending, None
+        work.wait()
+        return int(tensor)
+
+    def wait_for_all(self) -> None:
+        """Return when all processes have called this."""
+        if self._group is not None:
+            dist.barrier(self._group)
 
 
 # torch 2.14 renamed the argument.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,24 +14,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.semi import to_device
-from model import load_checkpoint_state
-from util.checkpoint import BEST, LATEST, copy_checkpoint, load_optimizer, save_checkpoint
+from model import load_checkpoint_state, read_checkpoint
+from util.checkpoint import BEST, CheckpointError, save_epoch
 from util.cli import TrainingStopped
-from util.config import to_dict
-from util.distributed import all_reduce_sum, process_count, unwrap
+from util.distributed import all_reduce_sum, gather, process_count, unwrap
 from util.evaluate import Result, evaluate
-from util.guard import SKIPPED, Guard
+from util.guard import SKIPPED
 from util.log import peak_memory_gb
 from util.metrics import iou_table
-from util.precision import build_scaler, evaluation_copy
+from util.midway import KEPT, Midway, check_finite, checkpoint_state
+from util.precision import evaluation_copy
 from util.run import Run
 from util.schedule import set_poly_lr
-
-# A step gets a batch on the device and the function that back-propagates a part of the loss; it returns its metrics.
-TrainStep = Callable[[Any, Callable[[torch.Tensor], None]], dict[str, torch.Tensor]]
+from util.signals import StopSignals
+from util.update import TrainStep, Update
 
 STEP_STREAM = 100  # tells the seeds of steps from the streams of dataset.semi
-KEPT = "checkpoints of earlier epochs are kept (too high an lr, or data with extreme values, are the usual causes)"
 # The release's names of these curves, so that old and new ones lie over each other in TensorBoard.
 CURVES = {"loss": "loss_all", "loss_fp": "loss_w_fp"}
 
@@ -46,36 +44,37 @@ def fit(
 ) -> None:
     """Train to the last epoch, from the run's checkpoint if it has one.
 
-    Evaluate and save after each epoch, or after each `eval_interval`-th and the last one.
+    Evaluate after each `eval_interval`-th epoch and the last one; save after each epoch, and within it by `Midway`.
     """
     cfg, log = run.cfg, run.log
-    scaler = build_scaler(cfg, run.device)
-    done = _resume(run, model, optimizer, scaler, len(loader))
-    clock = _Clock(len(loader), cfg.epochs, done["epoch"])
-    guard = Guard(run, model, optimizer, loader, check_gradients=not scaler.is_enabled())
-    for epoch in range(done["epoch"], cfg.epochs):
-        train_one_epoch(run, epoch, optimizer, scaler, loader, train_step, clock, guard)
-        _check_finite(model, epoch)
-        if (epoch + 1) % cfg.eval_interval and epoch + 1 < cfg.epochs:
-            continue
-        started = time.perf_counter()
-        result = evaluate(
-            evaluation_copy(unwrap(model)), val_loader, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
-        )
-        improved = result.miou > done["previous_best"]
-        done.update(epoch=epoch + 1, iteration=(epoch + 1) * len(loader), last_miou=result.miou)
-        if improved:
-            done.update(previous_best=result.miou, best_epoch=epoch + 1)
-        _report(run, done, result, time.perf_counter() - started)
-        if run.processes.is_main:
-            state = {"model": unwrap(model).state_dict(), "optimizer": optimizer.state_dict(), **done}
-            if scaler.is_enabled():
-                state["scaler"] = scaler.state_dict()
-            # Best before latest: a run killed between the two repeats the epoch and writes the same again.
-            path = run.save_path / (BEST if improved else LATEST)
-            save_checkpoint({**state, "config": to_dict(cfg), "run": run.identity}, path)
-            if improved:
-                copy_checkpoint(path, run.save_path / LATEST)
+    metrics = StepMetrics()
+    update = Update(run, model, optimizer, loader, train_step)
+    done, position = _resume(run, model, update, metrics, len(loader))
+    clock = _Clock(len(loader), cfg.epochs, done["epoch"], position)
+    with StopSignals() as signals:
+        midway = Midway(run, model, update, metrics, done, len(loader), signals)
+        for epoch in range(done["epoch"], cfg.epochs):
+            train_one_epoch(run, epoch, position, update, loader, metrics, clock, midway)
+            position = 0
+            check_finite(model, f"the last iteration of epoch {epoch + 1}")
+            result = None
+            if (epoch + 1) % cfg.eval_interval == 0 or epoch + 1 == cfg.epochs:
+                started = time.perf_counter()
+                images = signals.cut(val_loader)
+                result = evaluate(
+                    evaluation_copy(unwrap(model)), images, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
+                )
+                midway.stop_if_asked()  # then the result is of some of the images
+            done.update(epoch=epoch + 1, iteration=(epoch + 1) * len(loader))
+            improved = result is not None and result.miou > done["previous_best"]
+            if result is not None:
+                done.update(last_miou=result.miou)
+                if improved:
+                    done.update(previous_best=result.miou, best_epoch=epoch + 1)
+                _report(run, done, result, time.perf_counter() - started)
+            if run.processes.is_main:
+                save_epoch(checkpoint_state(run, model, update, done), run.save_path, improved, cfg.keep_last)
+            midway.restart_clock()
     log.info(
         f"finished: mIoU {done['last_miou']:.2f} at the last epoch, best {done['previous_best']:.2f} at epoch "
         f"{done['best_epoch']} ({run.save_path / BEST})"
@@ -85,48 +84,52 @@ def fit(
 def train_one_epoch(
     run: Run,
     epoch: int,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    position: int,
+    update: Update,
     loader: DataLoader,
-    train_step: TrainStep,
+    metrics: StepMetrics,
     clock: _Clock,
-    guard: Guard,
+    midway: Midway,
 ) -> None:
-    """One pass of the loader. Metrics stay on the device and are read every `log_interval` iterations."""
+    """The loader's batches from `position` on. Metrics stay on the device and are read every `log_interval` steps."""
     cfg, log = run.cfg, run.log
-    total = cfg.epochs * len(loader)
+    total, rates = cfg.epochs * len(loader), update.optimizer.param_groups
     images = cfg.batch_size * run.processes.count * (1 if run.unlabeled is None else 2)
-    metrics = StepMetrics()
 
-    def backward(part: torch.Tensor) -> None:
-        scaler.scale(part).backward()
+    def tell(index: int) -> None:
+        """Read and log the metrics if that is due after the epoch's step `index`."""
+        if (index + 1) % cfg.log_interval and index + 1 < len(loader):
+            return
+        iteration = epoch * len(loader) + index
+        means = metrics.read()
+        update.report(means, iteration + 1)
+        speed = clock.lap(iteration + 1, images)
+        values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        bar.set_postfix_str(f"{values}  {speed}")
+        log.progress(
+            f"epoch {epoch + 1}/{cfg.epochs}  iteration {index + 1}/{len(loader)}  {values}  "
+            f"lr {rates[0]['lr']:.3g}  {speed}"
+        )
+        log.scalars({f"train/{CURVES.get(name, name)}": value for name, value in means.items()}, iteration)
+        log.scalars({"train/lr": rates[0]["lr"]}, iteration)
 
-    loader.sampler.set_epoch(epoch)
     with log.bar(len(loader), f"epoch {epoch + 1}/{cfg.epochs}") as bar:
-        for index, batch in enumerate(clock.waits(loader)):
+        if position:  # it was saved before its metrics were read
+            bar.update(position)
+            set_poly_lr(update.optimizer, epoch * len(loader) + position - 1, total)
+            tell(position - 1)
+        if position == len(loader):
+            return
+        loader.sampler.set_epoch(epoch, position * cfg.batch_size)
+        for index, batch in enumerate(clock.waits(loader), position):
             iteration = epoch * len(loader) + index
-            set_poly_lr(optimizer, iteration, total)
+            set_poly_lr(update.optimizer, iteration, total)
             # Channel dropout draws from torch's generator: seeded anew, it depends on the step alone.
             torch.manual_seed(step_seed(cfg.seed, epoch, index, run.processes.rank))
-            optimizer.zero_grad(set_to_none=True)
-            guard.keep()
-            step_metrics = train_step(to_device(batch, run.device), backward)
-            scaler.step(optimizer)
-            scaler.update()
-            metrics.append(iteration, guard.undo(step_metrics))
+            metrics.append(iteration, update.step(to_device(batch, run.device)))
             bar.update()
-            if (index + 1) % cfg.log_interval == 0 or index + 1 == len(loader):
-                means = metrics.read()
-                guard.report(means, iteration + 1)
-                speed = clock.lap(iteration + 1, images)
-                values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-                bar.set_postfix_str(f"{values}  {speed}")
-                log.progress(
-                    f"epoch {epoch + 1}/{cfg.epochs}  iteration {index + 1}/{len(loader)}  {values}  "
-                    f"lr {optimizer.param_groups[0]['lr']:.3g}  {speed}"
-                )
-                log.scalars({f"train/{CURVES.get(name, name)}": value for name, value in means.items()}, iteration)
-                log.scalars({"train/lr": optimizer.param_groups[0]["lr"]}, iteration)
+            midway.after_step(index + 1)
+            tell(index)
 
 
 class StepMetrics:
@@ -137,21 +140,33 @@ class StepMetrics:
         self._first, self._names = 0, ()
 
     def append(self, iteration: int, metrics: dict[str, torch.Tensor]) -> None:
-        """Keep the metrics of step `iteration`; steps come one after the other."""
+        """Keep the metrics of step `iteration`; steps come one after the other. Among them may be `skipped`."""
+        names = tuple(name for name in metrics if name != SKIPPED)
+        row = [metrics[name] for name in names] + [metrics.get(SKIPPED, torch.zeros_like(metrics[names[0]]))]
         if not self._rows:
-            self._first, self._names = iteration, tuple(metrics)
-        self._rows.append(torch.stack([value.float() for value in metrics.values()]))
+            self._first, self._names = iteration, names
+        self._rows.append(torch.stack([value.float() for value in row]))
+
+    def state(self) -> dict[str, Any]:
+        """What is kept, of all processes, for a checkpoint; `load_state` takes it."""
+        rows = gather(torch.stack(self._rows)).cpu() if self._rows else None
+        return {"first": self._first, "names": list(self._names), "rows": rows}
+
+    def load_state(self, state: dict[str, Any], rank: int, device: torch.device) -> None:
+        """Go on from where `state` was taken."""
+        self._first, self._names = state["first"], tuple(state["names"])
+        self._rows = [] if state["rows"] is None else list(state["rows"][rank].to(device))
 
     def read(self) -> dict[str, float]:
         """Means over the steps since the last reading and over all processes.
 
-        Steps that the guard has undone are left out; `skipped` is their number. If there were no others, it is alone.
+        Steps that the guard has undone are left out; `skipped` is their number, if there are any.
         Raises TrainingStopped, on every process alike, if a value of any other step was not finite.
         """
         rows = all_reduce_sum(torch.stack(self._rows)) / process_count()
         self._rows = []
-        values = rows.cpu()
-        undone = values[:, self._names.index(SKIPPED)] == 1 if SKIPPED in self._names else torch.zeros(len(values)) == 1
+        *columns, skipped = rows.cpu().unbind(1)
+        values, undone = torch.stack(columns, dim=1), skipped == 1
         finite = values.isfinite() | undone[:, None]
         if not finite.all():
             step = int((~finite.all(dim=1)).nonzero()[0])
@@ -159,10 +174,10 @@ class StepMetrics:
                 f"{name} {values[step, i]:.4g}" for i, name in enumerate(self._names) if not finite[step, i]
             )
             raise TrainingStopped(f"the loss is not finite at iteration {self._first + step + 1}: {terms}; {KEPT}")
-        means = {}
-        if not undone.all():
-            means = dict(zip(self._names, values[~undone].double().mean(dim=0).tolist(), strict=True))
-        return means | {SKIPPED: float(undone.sum())} if SKIPPED in self._names else means
+        if undone.all():
+            return {SKIPPED: float(len(undone))}
+        means = dict(zip(self._names, values[~undone].double().mean(dim=0).tolist(), strict=True))
+        return means | ({SKIPPED: float(undone.sum())} if undone.any() else {})
 
 
 def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
@@ -173,8 +188,8 @@ def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
 class _Clock:
     """Speed, share of time spent waiting for data, and what is left."""
 
-    def __init__(self, steps: int, epochs: int, first_epoch: int) -> None:
-        self._total, self._first = steps * epochs, steps * first_epoch
+    def __init__(self, steps: int, epochs: int, first_epoch: int, position: int = 0) -> None:
+        self._total, self._first = steps * epochs, steps * first_epoch + position
         self._start = self._lap_start = time.perf_counter()
         self._lap_iteration, self._waited = self._first, 0.0
 
@@ -195,45 +210,42 @@ class _Clock:
         now = time.perf_counter()
         seconds = max(now - self._lap_start, 1e-9)
         speed = (iteration - self._lap_iteration) * images / seconds
-        left = (now - self._start) / (iteration - self._first) * (self._total - iteration)
+        # Right after continuing no step is done yet: nothing is known of the time that one takes.
+        left = (now - self._start) / max(iteration - self._first, 1) * (self._total - iteration)
         text = f"{speed:.1f} images/s  data {100 * self._waited / seconds:.0f}%  ETA {timedelta(seconds=round(left))}"
         self._lap_start, self._lap_iteration, self._waited = now, iteration, 0.0
         return text
 
 
-def _resume(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, steps: int
-) -> dict[str, Any]:
-    """Load the run's checkpoint, if there is one, and say where training stands."""
-    state = run.checkpoint
+def _resume(run: Run, model: nn.Module, update: Update, metrics: StepMetrics, steps: int) -> tuple[dict[str, Any], int]:
+    """Load the run's checkpoint, if there is one: where training stands, and the steps done of the epoch after."""
     done = {"epoch": 0, "iteration": 0, "previous_best": -math.inf, "best_epoch": 0, "last_miou": math.nan}
+    state = read_checkpoint(run.checkpoint) if run.checkpoint else None
+    places = gather(torch.tensor(state["iteration"] if state else 0, device=run.device))
+    if len(places.unique()) > 1:
+        raise CheckpointError(
+            f"{run.save_path}: the processes see different checkpoints there (after {places.tolist()} iterations): "
+            "it must be one folder on all machines"
+        )
     if state is None:
-        return done
-    load_checkpoint_state(unwrap(model), state, run.save_path / LATEST)
-    load_optimizer(optimizer, state["optimizer"], run.save_path / LATEST)
-    if "scaler" in state:
-        scaler.load_state_dict(state["scaler"])
+        return done, 0
+    load_checkpoint_state(unwrap(model), state, run.checkpoint)
+    update.load_state(state, run.checkpoint)
     done = {key: state.get(key, value) for key, value in done.items()}
+    position = state.get("position", 0)
+    if "metrics" in state:
+        metrics.load_state(state["metrics"], run.processes.rank, run.device)
+    within = f" and {position} of {steps} iterations of the next" if position else ""
+    best = f"best mIoU {done['previous_best']:.2f}" if done["best_epoch"] else "none was evaluated"
     run.log.info(
-        f"continuing from {run.save_path / LATEST}: {done['epoch']} of {run.cfg.epochs} epochs are done, "
-        f"best mIoU {done['previous_best']:.2f}"
+        f"continuing from {run.checkpoint}: {done['epoch']} of {run.cfg.epochs} epochs are done{within}, {best}"
     )
-    if done["iteration"] != done["epoch"] * steps:
+    if done["iteration"] - position != done["epoch"] * steps:
         run.log.info(
             f"note: an epoch had {done['iteration'] // done['epoch']} iterations and has {steps} now, since the "
             "number of processes changed; the schedule goes on from the same epoch"
         )
-    return done
-
-
-def _check_finite(model: nn.Module, epoch: int) -> None:
-    """Raise TrainingStopped if an epoch's last update, which no loss has seen yet, broke the weights."""
-    broken = [name for name, tensor in unwrap(model).state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise TrainingStopped(
-            f"weights are not finite after the last iteration of epoch {epoch + 1}: {broken[0]}{more}; {KEPT}"
-        )
+    return done, position
 
 
 def _report(run: Run, done: dict[str, Any], result: Result, seconds: float) -> None:
@@ -248,4 +260,3 @@ def _report(run: Run, done: dict[str, Any], result: Result, seconds: float) -> N
     log.scalars({"eval/mIoU": result.miou, "eval/memory_gb": memory}, step)
     per_class = zip(cfg.classes, result.iou.tolist(), strict=True)
     log.scalars({f"eval/{name}_IoU": value for name, value in per_class if not math.isnan(value)}, step)
-    log.flush()

@@ -141,8 +141,9 @@ class Guard:
 
         Takes `skipped` out of `means`. Raises TrainingStopped or DataError, on every process, beyond a limit.
         """
+        skipped = means.pop(SKIPPED, 0.0)
         if self._steps:
-            self._steps.count(means.pop(SKIPPED), iteration)
+            self._steps.count(skipped, iteration)
         if self._images:
             self._images.count(self._loader.faults)
             self._loader.faults.clear()

@@ -5,9 +5,11 @@ Every process has a log; that of the main process writes, the others' are mute.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.checkpoint import LOG_FILE
+from util.checkpoint import LOG_FILE, CheckpointError
 
 
 class RunLog:
@@ -23,20 +25,32 @@ class RunLog:
 
     def __init__(self, save_path: Path, active: bool, first_step: int = 0) -> None:
         self.active = active
+        self._folder = save_path
         self.interactive = active and sys.stderr.isatty()
-        self._file = open(save_path / LOG_FILE, "a", encoding="utf-8") if active else None  # noqa: SIM115
-        # Curves of a run that was interrupted: what it wrote from `first_step` on, beyond its checkpoint, is hidden.
-        self._writer = SummaryWriter(str(save_path), purge_step=first_step) if active else None
+        if not active:
+            return
+        with self._writing(LOG_FILE):
+            self._file = open(save_path / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        with self._writing("TensorBoard's file"):
+            # Curves of an interrupted run: what it wrote from `first_step` on, beyond its checkpoint, is hidden.
+            self._writer = SummaryWriter(str(save_path), purge_step=first_step)
+        threading.excepthook = _leave_writing_to_us
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None:  # the entry script tells it on screen
-            self._write(f"stopped: {str(error) or kind.__name__}", on_screen=False)
+            self.stopped(str(error) or kind.__name__)
         if self.active:
-            self._file.close()
-            self._writer.close()
+            with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+                self._file.close()
+                self._writer.close()
+
+    def stopped(self, reason: str) -> None:
+        """Keep the reason why the run ends, in the file; where the disk is full it goes on screen only."""
+        with contextlib.suppress(CheckpointError):
+            self._write(f"stopped: {reason}", on_screen=False)
 
     def info(self, text: str) -> None:
         """A line (or several) on screen and in the file."""
@@ -47,15 +61,12 @@ class RunLog:
         self._write(text, on_screen=not self.interactive)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Points of TensorBoard curves."""
+        """Points of TensorBoard curves, on their way to the disk at once: a run that is killed has them."""
         if self.active:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-
-    def flush(self) -> None:
-        """Write curves to the disk now, so that a run that is killed has them up to its checkpoint."""
-        if self.active:
-            self._writer.flush()
+            with self._writing("TensorBoard's file"):
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, step)
+                self._writer.flush()
 
     def bar(self, total: int, title: str) -> tqdm:
         """A progress bar over an epoch's iterations; invisible unless on a terminal."""
@@ -64,10 +75,28 @@ class RunLog:
     def _write(self, text: str, on_screen: bool) -> None:
         if not self.active:
             return
-        print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self._file, flush=True)
+        with self._writing(LOG_FILE):
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self._file, flush=True)
         if on_screen:
             tqdm.write(text)
             sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Raises CheckpointError if the disk refuses."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(
+                f"{self._folder}: {name} cannot be written ({reason}); checkpoints are intact"
+            ) from None
+
+
+def _leave_writing_to_us(fault: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread shows a traceback of what the disk refuses, though the next call to the writer raises it."""
+    if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(fault)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -28,9 +27,10 @@ from dataset.files import (
 )
 from dataset.semi import EpochSampler, LoaderOptions, TrainDataset, default_workers, train_loader, val_loader
 from model import build_model, check_pretrained
-from util.checkpoint import CONFIG_FILE, LOG_FILE, find_checkpoint, set_aside
+from util.checkpoint import CONFIG_FILE, LOG_FILE, Found, find_checkpoint, replacing, set_aside, tidy
 from util.config import Config, ConfigError, check_batch, load_config, resolve_path, to_dict
 from util.distributed import Processes, choose_device, find_processes, local_process_count, process_group
+from util.lock import locked
 from util.log import RunLog
 from util.precision import check_precision, describe_precision, set_precision
 
@@ -46,7 +46,7 @@ class Run:
     unlabeled: list[Sample] | None
     val: list[Sample]
     save_path: Path
-    checkpoint: dict[str, Any] | None
+    checkpoint: Path | None
     processes: Processes
     device: torch.device
     log: RunLog
@@ -128,30 +128,34 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
     check_precision(cfg, device)
     labeled, unlabeled, val = _find_lists(method, cfg, args)
     check_batch(cfg, method, processes.count, len(labeled), None if unlabeled is None else len(unlabeled))
-    save_path, checkpoint = Path(args.save_path), None
-    if args.resume == "auto":
-        checkpoint = find_checkpoint(save_path, cfg, _identity(method, labeled, unlabeled))
-    if processes.is_main:
-        _check_writable(save_path)
-        if checkpoint is None:
-            check_pretrained(cfg)
-        if cfg.check_data:
-            for samples in (labeled, unlabeled or [], val):
-                check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, label_map=cfg.label_map)
-            notes += _overlap_notes(labeled, unlabeled or [], val, resolve_path(cfg.data_root))
-        if args.resume == "never" and (aside := set_aside(save_path)):
-            notes.append(f"earlier results were moved to {aside}")
-    first_step = checkpoint["iteration"] if checkpoint else 0
-    cache_dir = Path(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch").expanduser()
-    with (
-        open_cache(cfg.cache, cfg.cache_gb, cache_dir, str(save_path.resolve())) as cache,
-        process_group(processes, device),
-        RunLog(save_path, processes.is_main, first_step) as log,
-    ):
+    save_path, found = Path(args.save_path), Found(None)
+    with contextlib.ExitStack() as stack:
+        if processes.is_main:
+            _check_writable(save_path)
+            notes += stack.enter_context(locked(save_path))
+        if args.resume == "auto":
+            found = find_checkpoint(save_path, cfg, _identity(method, labeled, unlabeled), processes.count)
+            notes += found.notes
+        if processes.is_main:
+            if found.path is None:
+                check_pretrained(cfg)
+            if cfg.check_data:
+                for samples in (labeled, unlabeled or [], val):
+                    check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, label_map=cfg.label_map)
+                notes += _overlap_notes(labeled, unlabeled or [], val, resolve_path(cfg.data_root))
+            if args.resume == "never" and (aside := set_aside(save_path)):
+                notes.append(f"earlier results were moved to {aside}")
+            tidy(save_path, found.damaged)
+        cache_dir = Path(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch").expanduser()
+        cache = stack.enter_context(open_cache(cfg.cache, cfg.cache_gb, cache_dir, str(save_path.resolve())))
+        log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step))
+        stack.enter_context(process_group(processes, device, cfg.dist_timeout, log.stopped))
         lr = _scaled_lr(cfg, processes.count)
         if processes.is_main:
-            (save_path / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
-        run = Run(method, cfg, lr, labeled, unlabeled, val, save_path, checkpoint, processes, device, log, cache)
+            text = yaml.safe_dump(to_dict(cfg), sort_keys=False)
+            with replacing(save_path / CONFIG_FILE) as file:
+                file.write(text.encode())
+        run = Run(method, cfg, lr, labeled, unlabeled, val, save_path, found.path, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)
         torch.manual_seed(cfg.seed)

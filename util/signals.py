@@ -1,0 +1,54 @@
+"""Signals that ask a run to end: it finishes the step, saves, and says so. A second Ctrl-C ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """A signal ended the run, whose state is saved; the message is one line for the user."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals:
+    """While it is entered, SIGINT, SIGTERM and SIGUSR1 only leave their number in `received` (0: none came).
+
+    A second SIGINT raises KeyboardInterrupt. Works in the main thread only, as Python's handlers do. `last` is what any
+    instance received last.
+    """
+
+    last = 0
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def cut(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items up to the moment at which a signal comes."""
+        for item in items:
+            if self.received:
+                return
+            yield item
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        # torchrun passes the first Ctrl-C on as SIGINT, and the second as SIGTERM.
+        if self.received == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
+            raise KeyboardInterrupt
+        self.received = StopSignals.last = number
