@@ -47,8 +47,9 @@ class Update:
         Raises TrainingStopped or DataError, on every process, beyond the config's limits.
         """
         if self._left_out and (count := int(torch.stack(self._left_out).sum())):
+            steps = f"{count} step{'s' * (count > 1)}"
             self._log.info(
-                f"{count} step(s) left out by the gradient scaler up to iteration {iteration}: it lowers its scale"
+                f"{steps} left out by the gradient scaler, which lowers its scale, up to iteration {iteration}"
             )
         self._left_out.clear()
         self._guard.report(means, iteration)
