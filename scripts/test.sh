@@ -1,6 +1,7 @@
 #!/bin/sh
-# Run the tests: sh scripts/test.sh [pytest's arguments]. PYTHON=PATH uses an interpreter that has requirements-dev.txt;
-# otherwise .venv is made and they are installed there. The exit status is pytest's.
+# Run the tests, two at a time: sh scripts/test.sh [pytest's arguments]; -n 0 runs them one by one. PYTHON=PATH uses an
+# interpreter that has requirements-dev.txt; otherwise .venv is made and they are installed there. The exit status is
+# pytest's.
 set -eu
 
 CDPATH='' cd -- "$(dirname -- "$0")/.."
@@ -8,5 +9,5 @@ if [ -z "${PYTHON:-}" ]; then
     sh scripts/setup_env.sh requirements-dev.txt
     PYTHON=.venv/bin/python
 fi
-export PYTHONUNBUFFERED=1
-exec "$PYTHON" -m pytest --color=no "$@"
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest --color=no --numprocesses=2 --dist=worksteal "$@"

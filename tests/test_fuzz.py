@@ -38,7 +38,7 @@ from model.backbone import create_backbone
 from model.weights import read_pretrained
 from tests.helpers import PROJECT_ROOT
 from util.checkpoint import CheckpointError, find_checkpoint, load_optimizer
-from util.cli import _last_line
+from util.cli import error_line
 from util.config import Config, ConfigError, load_config, to_dict
 from util.schedule import build_optimizer
 
@@ -64,7 +64,7 @@ def _documented(function: Callable[[], object], name: str | Path = "") -> None:
     try:
         function()
     except ERRORS as error:
-        line = _last_line(error)
+        line = error_line(error)
         assert line and len(line.splitlines()) == 1
         assert str(name) in line
         assert len(line) < 5000

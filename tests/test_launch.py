@@ -601,7 +601,10 @@ def test_quickstart_stops_at_the_first_failure_with_its_status(project, tmp_path
 def test_the_test_script_runs_pytest_and_returns_its_status(project, tmp_path):
     python = write(tmp_path / "python", '#!/bin/sh\necho "ran: $*"\nexit 6\n', 0o755)
     result = sh(project, "test.sh", "-k", "two words", PYTHON=str(python))
-    assert (result.returncode, result.stdout) == (6, "ran: -m pytest --color=no -k two words\n")
+    assert (result.returncode, result.stdout) == (
+        6,
+        "ran: -m pytest --color=no --numprocesses=2 --dist=worksteal -k two words\n",
+    )
 
 
 def test_the_service_only_runs_the_test_script(project):
