@@ -72,7 +72,7 @@ class ImageCache:
         if os.getpid() != self._owner:  # a worker: its parent holds the folder, and may outlive it
             self.close()
         name = hashlib.sha256(f"{channels} {os.path.abspath(path)}".encode()).hexdigest()[:40]
-        entry = self.folder / name[:2] / name
+        entry = os.path.join(self.folder, name[:2], name)
         try:
             source = os.stat(path)
         except OSError:
@@ -83,7 +83,7 @@ class ImageCache:
             pixels = read(path)
             # A full or failing cache costs time, not the run.
             with contextlib.suppress(OSError):
-                self._write(entry, stamp, channels, pixels)
+                self._write(Path(entry), stamp, channels, pixels)
         return pixels
 
     def _write(self, entry: Path, stamp: tuple[int, int], channels: int, pixels: np.ndarray) -> None:
@@ -207,7 +207,7 @@ def _hold(folder: Path) -> int:
         os.close(handle)
 
 
-def _read_entry(entry: Path, stamp: tuple[int, int], channels: int) -> np.ndarray | None:
+def _read_entry(entry: str, stamp: tuple[int, int], channels: int) -> np.ndarray | None:
     """The pixels of `entry`, mapped, if it is whole and made of the source file with this stamp."""
     try:
         with open(entry, "rb") as file:

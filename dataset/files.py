@@ -159,7 +159,7 @@ def read_label(path: str | Path) -> Image.Image:
                 f"{path}: the label is a {label.mode} image; expected one 8-bit channel of class indices",
                 "labels that are not one 8-bit channel",
             )
-        return Image.fromarray(np.asarray(label).astype(np.uint8))  # palette indices stay indices
+        return Image.fromarray(np.asarray(label).astype(np.uint8, copy=False))  # palette indices stay indices
 
 
 def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.Image:
