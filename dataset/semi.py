@@ -409,4 +409,4 @@ def _strong_views(packed: PackedViews, boxes: Sequence[torch.Tensor]) -> list[to
 
 def _images(pixels: torch.Tensor) -> torch.Tensor:
     """Normalised (B, 3, H, W) of 8-bit (B, H, W, 3)."""
-    return normalize(pixels.permute(0, 3, 1, 2).contiguous())
+    return normalize(pixels.permute(0, 3, 1, 2))

@@ -270,7 +270,7 @@ def normalize(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(image, torch.Tensor):
         image = to_tensor(image)
-    image = image.float() / 255
+    image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
     # torchvision's normalize reads from the device, which makes the host wait for it; plain numbers do not.
     for channel, mean, std in zip(image.unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True):
         channel.sub_(mean).div_(std)

@@ -181,9 +181,9 @@ def measure_data(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
 
 def measure_loader(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row]:
     """An epoch of UniMatch whose step takes no time: all of it is waiting for data."""
-    kind, workers = kinds[0], len(os.sched_getaffinity(0))
+    workers, kind = len(os.sched_getaffinity(0)), replace(kinds[0], samples=4 * kinds[0].samples)
     slow, fast = _datasets(root, kind)
-    sampler, options = EpochSampler(kind.count, kind.count, 2, 0), LoaderOptions(workers)
+    sampler, options = EpochSampler(len(kind.samples), len(kind.samples), 2, 0), LoaderOptions(workers)
     function = plain_data.collate_straightforward
     slow_loader = options.build(slow, batch_size=2, sampler=sampler, collate_fn=function, drop_last=True)
     fast_loader = train_loader(fast, sampler, options)
@@ -192,7 +192,8 @@ def measure_loader(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[R
         for batch in fast_loader:
             to_device(batch, torch.device("cpu"))
 
-    times = _alternate(lambda: collections.deque(slow_loader, maxlen=0), ours, rounds)
+    with _threads(1):  # the cores are the workers'
+        times = _alternate(lambda: collections.deque(slow_loader, maxlen=0), ours, rounds)
     equality = f"{len(slow_loader)} and {len(fast_loader)} batches of the same samples"
     yield Row(f"waiting for an epoch's data, {kind.name}, {workers} workers", *times, "s", equality)
 
