@@ -188,10 +188,19 @@ def test_training_learns(data, tmp_path):
 # --- repeating a run
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_with_the_same_seed_is_the_same_to_the_bit_at_any_number_of_workers(data, runs, workers):
+@pytest.mark.parametrize(
+    "options",
+    [
+        "workers=1",
+        "workers=2 prefetch=1 persistent_workers=false",
+        "cache=disk workers=2",
+        "checkpoint_activations=all",
+    ],
+)
+def test_a_run_with_the_same_seed_is_the_same_to_the_bit_with_every_option_that_promises_it(data, runs, options):
     """The run to compare with was another process, without workers."""
-    again = _train("unimatch", data, f"workers{workers}", "--set", f"workers={workers}")
+    cache = f"cache_dir={data.root.parent / 'cache'}"
+    again = _train("unimatch", data, options.split()[0], "--set", cache, *options.split())
     first, second = _load(runs["unimatch"]), _load(again)
     for key in ("model", "optimizer", "previous_best"):
         assert _equal(first[key], second[key]), key
