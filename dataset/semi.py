@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -301,6 +303,13 @@ def _start_worker(max_image_pixels: int, _: int) -> None:
     """A loading process takes over the limit of image sizes, not being a copy of its parent everywhere."""
     limit_image_pixels(max_image_pixels)
     outlive_signals()
+    sys.excepthook = _tell_unless_orphaned
+
+
+def _tell_unless_orphaned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The thread that hands tensors over tells its errors here: nothing of a parent that was killed meanwhile."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def train_loader(
