@@ -81,7 +81,7 @@ def apply_geometry(
 
     `image` is a Pillow image of mode RGB or L, or its pixels, uint8 (H, W, 3) or (H, W). Images take `Image.BILINEAR`
     (Pillow's, antialiased) and 0; labels `Image.NEAREST` and 255. Labels are exactly what resizing the whole picture
-    gives, and so are small images; else a pixel in a thousand may be a level off: Pillow places the window in float32.
+    gives, and so are small images; else some pixels in a thousand are a level off: Pillow places the window in float32.
     """
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
