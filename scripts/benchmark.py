@@ -253,12 +253,12 @@ def measure_loss(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
 def measure_step(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row]:
     """UniMatch's step with batch 2 + 2, and its peak memory above the loaded model."""
     exact = _gradient_difference()
-    plain_model, batches = _model(), [_step_batch(seed, CROP) for seed in range(4)]
-    slow_step = _stepper(plain_model, straightforward=True)
+    batches = [_step_batch(seed, CROP) for seed in range(4)]
+    slow_step = _stepper(_plain_model(), straightforward=True)
     for title, options in (
-        ("float32", {}),
-        ("float32 + channels_last", {"channels_last": True}),
-        ("bf16 + channels_last", {"amp": "bf16", "channels_last": True}),
+        ("float32", {}),  # channels_last, the default on a CPU
+        ("float32, contiguous", {"channels_last": False}),
+        ("bf16 + channels_last", {"amp": "bf16"}),
     ):
         fast_step = _stepper(_model(**options), straightforward=False)
         steps = (_through(batches, slow_step), _through(batches, fast_step))
@@ -276,16 +276,19 @@ def measure_evaluate(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator
     kind = kinds[0]
     device, samples = torch.device("cpu"), list(kind.samples[:4])
     loader = list(val_loader(samples, root, LoaderOptions()))
-    model = _model()
+    model = _plain_model()
     with torch.no_grad():  # statistics that fit, so that predictions vary
         model.train()(_images(0, 4, CROP))
     for mode in ("original", "sliding_window"):
         expected = plain.evaluate(model, loader, mode, CROP, 19)
-        for title, options in (("float32", {}), ("bf16 + channels_last", {"amp": "bf16", "channels_last": True})):
-            copy = set_precision(evaluation_copy(model), _config(**options))  # once for all images of an evaluation
+        for title, options in (("float32", {}), ("bf16 + channels_last", {"amp": "bf16"})):
+            # Once for all images of an evaluation.
+            fast_model = _model(**options)
+            fast_model.load_state_dict(model.state_dict())
+            fast_model = evaluation_copy(fast_model)
 
-            def ours(copy: torch.nn.Module = copy, mode: str = mode) -> Any:
-                return evaluate(copy, loader, mode, CROP, 19, device)
+            def ours(fast_model: torch.nn.Module = fast_model, mode: str = mode) -> Any:
+                return evaluate(fast_model, loader, mode, CROP, 19, device)
 
             difference = (ours().iou - expected).abs().nan_to_num().max().item()
             times = _alternate(lambda mode=mode: plain.evaluate(model, loader, mode, CROP, 19), ours, rounds)
@@ -332,6 +335,11 @@ def _model(**options: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     cfg = _config(**options)
     return set_precision(build_model(cfg), cfg)
+
+
+def _plain_model(**options: Any) -> torch.nn.Module:
+    """The same, contiguous and with PyTorch's convolutions."""
+    return plain.with_plain_convolutions(_model(channels_last=False, **options))
 
 
 def _images(seed: int, count: int, size: int) -> torch.Tensor:
@@ -386,7 +394,7 @@ def _gradient_difference() -> str:
     """Between the two ways, over all parameters, in float64 on a small batch."""
     batch, gradients = _step_batch(1, 65, torch.float64), []
     for straightforward in (True, False):
-        model = _model().double()
+        model = (_plain_model() if straightforward else _model()).double()
         torch.manual_seed(0)
         if straightforward:
             plain.unimatch_step(model, batch, plain.cross_entropy, 0.1)
@@ -418,7 +426,7 @@ def peak_memory(way: str, backbone: str, crop: int, threads: int) -> float:
     """Peak resident memory in GB of the second step of `way` above that of the loaded model with its momentum."""
     torch.set_num_threads(threads)
     options, batch = MEMORY_WAYS[way], _step_batch(1, crop)
-    model = _model(backbone=backbone, **(options or {}))
+    model = _plain_model(backbone=backbone) if options is None else _model(backbone=backbone, **options)
     step = _stepper(model, straightforward=options is None)
     step(batch)  # the momentum buffers, and what libraries keep from their first call
     for parameter in model.parameters():

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             processes.count,
             cfg.label_map,
         )
-        model = set_precision(evaluation_copy(model.to(device)), cfg)
+        model = evaluation_copy(set_precision(model.to(device), cfg))
         result = evaluate(model, loader, mode, cfg.crop_size, cfg.nclass, device)
     if processes.is_main:
         print(f"{args.checkpoint}: IoU in percent ({mode}, {len(samples)} images)")

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError(f"{args.images}: two images would both be predicted into {twice}; predict them separately")
     model = build_model(cfg, pretrained=False)
     load_checkpoint_state(model, read_checkpoint(resolve_path(args.checkpoint)), args.checkpoint)
-    model = set_precision(evaluation_copy(model.to(device)), cfg)
+    model = evaluation_copy(set_precision(model.to(device), cfg))
 
     output, rows = Path(args.output), []
     try:

@@ -16,6 +16,7 @@ from util.checkpoint import (
     CheckpointError,
     copy_checkpoint,
     find_checkpoint,
+    load_optimizer,
     save_checkpoint,
     save_epoch,
     set_aside,
@@ -337,3 +338,31 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     (tmp_path / "midway.pth.tmp").write_bytes(b"half of it")
     tidy(tmp_path, [])
     assert _names(tmp_path) == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_momentum_saved_in_another_memory_format_is_taken_up_value_for_value(tmp_path, fused):
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, 5, 3, 3, 3, generator=generator)
+
+    def optimizer(memory_format: torch.memory_format) -> torch.optim.SGD:
+        weight = torch.nn.Parameter(start.clone().contiguous(memory_format=memory_format))
+        return torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=fused)
+
+    def step(optimizer: torch.optim.SGD, gradient: torch.Tensor) -> None:
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = torch.empty_like(weight).copy_(gradient)
+        optimizer.step()
+
+    through, first, second = (
+        optimizer(f) for f in (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
+    )
+    for gradient in gradients:
+        step(through, gradient)
+    step(first, gradients[0])
+    with torch.no_grad():
+        second.param_groups[0]["params"][0].copy_(first.param_groups[0]["params"][0])
+    load_optimizer(second, first.state_dict(), tmp_path / "latest.pth")
+    for gradient in gradients[1:]:
+        step(second, gradient)
+    torch.testing.assert_close(second.param_groups[0]["params"][0], through.param_groups[0]["params"][0])

@@ -188,8 +188,32 @@ def test_a_run_says_how_it_computes_and_trains_so(tmp_path, capsys):
     assert all(value.dtype != torch.bfloat16 for value in state["model"].values())
 
 
-def test_the_default_is_float32_contiguous_and_eager():
-    assert describe_precision(_cfg()) == "computing: float32, contiguous, eager, activations computed again: none"
+def test_the_default_is_float32_and_eager_contiguous_on_gpus_and_channels_last_on_cpus():
+    cfg = _cfg(channels_last=None)
+    kept = "activations computed again: none"
+    assert describe_precision(cfg, GPU) == f"computing: float32, contiguous, eager, {kept}"
+    assert describe_precision(cfg, CPU) == f"computing: float32, channels_last, eager, {kept}"
+    assert describe_precision(_cfg(channels_last=False), CPU) == f"computing: float32, contiguous, eager, {kept}"
+    weights = [_model(channels_last=value).classifier.weight for value in (None, False)]
+    assert weights[0].is_contiguous(memory_format=torch.channels_last) and weights[1].is_contiguous()
+    with FakeTensorMode(), GPU:
+        assert _model(channels_last=None).reduce[0].weight.is_contiguous()
+
+
+def test_the_copy_for_evaluation_holds_16_bit_weights_that_give_what_autocast_gives():
+    for amp in ("bf16", "none"):
+        model = _model(amp=amp)
+        folded = evaluation_copy(model)
+        expected = {"bf16": torch.bfloat16, "none": torch.float32}[amp]
+        assert {m.weight.dtype for m in folded.modules() if isinstance(m, nn.Conv2d)} == {expected}
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        image = torch.randn(1, 3, 33, 33)
+        with torch.inference_mode():
+            logits = folded(image)
+            for module in folded.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.float()  # the same values, which autocast rounds
+            assert logits.dtype == torch.float32 and torch.equal(folded(image), logits)
 
 
 def test_a_run_with_fp16_on_the_cpu_stops_before_it_starts(tmp_path):

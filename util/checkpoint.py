@@ -240,6 +240,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         fits = False
     if not fits:
         raise CheckpointError(f"{path}: cannot be resumed: its optimizer is not the state of this model's {CHOICES}")
+    for p, momentum in momenta:
+        if momentum is not None and momentum.stride() != p.stride():
+            # Saved with another memory format. The fused kernels walk through both in the order of memory.
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum).detach_()
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # with scale_lr and another number of processes, base_lr is not the saved one
 

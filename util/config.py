@@ -156,7 +156,9 @@ class Config:
     cache: Literal["none", "ram", "disk"] = _key("keep decoded images and labels in shared memory or on a disk", "none")
     cache_gb: float = _key("size of the cache in GB (1e9 bytes); once it is full it stays as it is", 16.0, above=0)
     cache_dir: str | None = _key("folder for cache: disk, best on a local disk; default: ~/.cache/unimatch", None)
-    channels_last: bool = _key("channels innermost in memory, which 16-bit kernels are made for", False)
+    channels_last: bool | None = _key(
+        "channels innermost in memory, for which CPU and 16-bit kernels are made; default: on CPUs", None
+    )
     amp: Literal["none", "bf16", "fp16"] = _key("16-bit autocast of the forward passes; fp16 needs a GPU", "none")
     compile: bool = _key("torch.compile the model; its first steps take minutes, and it needs a C++ compiler", False)
     checkpoint_activations: Literal["none", "backbone", "all"] = _key(

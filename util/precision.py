@@ -27,9 +27,9 @@ def check_precision(cfg: Config, device: torch.device) -> None:
 
 
 def set_precision(model: DeepLabV3Plus, cfg: Config) -> DeepLabV3Plus:
-    """The same model, set to compute as the config says; names and values in its state dict stay."""
+    """The same model, set to compute as the config says where it is; names and values in its state dict stay."""
     model.autocast_dtype = AMP_DTYPES[cfg.amp]
-    if cfg.channels_last:
+    if _channels_last(cfg, next(model.parameters()).device):
         model.to(memory_format=torch.channels_last)  # convolutions pass their weights' format on
     if cfg.compile:
         model.compile()
@@ -41,11 +41,15 @@ def build_scaler(cfg: Config, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
 
 
-def describe_precision(cfg: Config) -> str:
+def _channels_last(cfg: Config, device: torch.device) -> bool:
+    return device.type == "cpu" if cfg.channels_last is None else cfg.channels_last
+
+
+def describe_precision(cfg: Config, device: torch.device) -> str:
     """One line for the log."""
     parts = [
         "float32" if cfg.amp == "none" else f"{cfg.amp} autocast (logits, softmax and losses in float32)",
-        "channels_last" if cfg.channels_last else "contiguous",
+        "channels_last" if _channels_last(cfg, device) else "contiguous",
         "compiled" if cfg.compile else "eager",
         f"activations computed again: {cfg.checkpoint_activations}",
     ]
@@ -55,8 +59,9 @@ def describe_precision(cfg: Config) -> str:
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode, made faster: each BatchNorm folded into the convolution before it.
 
-    That convolution is the module registered before the BatchNorm, as in all models here. On a CPU the memory format
-    is channels_last, too. Outputs are the same but for rounding; the copy cannot be trained on.
+    That convolution is the module registered before the BatchNorm, as in all models here. With autocast the copy's
+    convolutions have their weights in 16 bits, instead of rounding them for each image. Outputs are the same but for
+    rounding; the copy cannot be trained on, and is not compiled, as it sees images of every size.
     """
     model = copy.deepcopy(model).eval()
     previous, folded = None, {}
@@ -70,5 +75,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     for name, identity in folded.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, identity)  # set_submodule is not in torch 2.4
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return model.to(memory_format=torch.channels_last) if on_cpu else model
+    if model.autocast_dtype is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(model.autocast_dtype)
+    return model

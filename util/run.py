@@ -59,7 +59,8 @@ class Run:
 
     def build_model(self) -> nn.Module:
         """The model, with ImageNet weights if the config says so and no checkpoint is going to replace them."""
-        return set_precision(build_model(self.cfg, pretrained=self.checkpoint is None), self.cfg)
+        model = build_model(self.cfg, pretrained=self.checkpoint is None)
+        return set_precision(model.to(self.device), self.cfg)
 
     def train_loader(self, strong_views: int = 2) -> DataLoader:
         """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
@@ -239,7 +240,7 @@ def _describe(run: Run) -> list[str]:
         f"{run.method} on {cfg.dataset} ({images} images, {cfg.nclass} classes), saved in {run.save_path}",
         f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "
         f"process{'es' * (count > 1)} on {run.device.type}",
-        describe_precision(cfg),
+        describe_precision(cfg, run.device),
         f"batch: {per_step} labelled{unlabeled} images a step ({cfg.batch_size} x {count}); the recipe's reference is "
         f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",
     ]

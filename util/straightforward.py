@@ -16,6 +16,7 @@ from torch import nn
 from dataset.files import IGNORE_INDEX
 from dataset.semi import UnlabeledViews
 from dataset.transform import normalize
+from model.semseg.atrous import AtrousConv2d
 
 
 def ohem(logits: torch.Tensor, label: torch.Tensor, thresh: float, min_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +60,14 @@ def histograms(prediction: np.ndarray, label: np.ndarray, nclass: int) -> tuple[
     return tuple(
         np.histogram(values, np.append(np.arange(nclass), nclass - 0.5))[0] for values in (hits, prediction, label)
     )
+
+
+def with_plain_convolutions(model: nn.Module) -> nn.Module:
+    """The same model, whose atrous convolutions are PyTorch's."""
+    for module in model.modules():
+        if isinstance(module, AtrousConv2d):
+            module.__class__ = nn.Conv2d
+    return model
 
 
 def unimatch_step(

@@ -14,13 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.recompute import run
+from model.semseg.atrous import AtrousConv2d
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> list[nn.Module]:
-    """Convolution that keeps the size, BN, ReLU: the layers, so that they can stand in a longer Sequential."""
-    padding = dilation * (kernel_size // 2)
+    """Convolution (3x3 if dilated) that keeps the size, BN, ReLU: the layers, to stand in a longer Sequential."""
+    if dilation == 1:
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    else:
+        conv = AtrousConv2d(in_channels, out_channels, dilation)
     return [
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        conv,
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]
