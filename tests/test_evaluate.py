@@ -34,7 +34,7 @@ class _WindowModel(nn.Module):
         self.sizes = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.sizes.append(tuple(x.shape[2:]))
+        self.sizes += len(x) * [tuple(x.shape[2:])]
         logits = torch.einsum("kc,bchw->bkhw", self.weight, x.double())
         return self.norm(3 * logits - logits.amax(dim=(2, 3), keepdim=True))
 
@@ -116,14 +116,14 @@ def test_sliding_windows_equal_an_obvious_loop(height, width, size):
             left = 0
             while left < width:
                 bottom, right = min(top + size, height), min(left + size, width)
-                windows.append((bottom - top, right - left))
+                windows += 2 * [(bottom - top, right - left)]
                 prob = torch.softmax(model(image[:, :, top:bottom, left:right]), dim=1)
                 expected[:, :, top:bottom, left:right] += prob
                 left += stride
             top += stride
         model.sizes.clear()
         scores = sliding_window(model, image, size)
-        assert model.sizes == windows
+        assert sorted(model.sizes) == sorted(windows)
         torch.testing.assert_close(scores, expected, rtol=1e-12, atol=0)
         assert torch.equal(predict(model, image, "sliding_window", size), expected.argmax(dim=1))
     assert (scores.sum(dim=1) > 1 - 1e-12).all()  # every pixel was in some window
@@ -131,16 +131,38 @@ def test_sliding_windows_equal_an_obvious_loop(height, width, size):
 
 def test_cityscapes_windows_are_those_of_the_release():
     """1024 x 2048 in windows of 801 at stride 534: two rows, four columns, cut off at the border."""
-    sizes = []
+    shapes = []
 
     def model(window: torch.Tensor) -> torch.Tensor:
-        sizes.append(tuple(window.shape[2:]))
+        shapes.append((len(window), *window.shape[2:]))
         return window
 
     with torch.device("meta"):
         scores = sliding_window(model, torch.empty(1, 3, 1024, 2048), 801)
-    assert sizes == [(h, w) for h in (801, 490) for w in (801, 801, 801, 446)]
+    # Not a CPU: several windows at once, up to the pixels of one such image.
+    assert shapes == [(3, 801, 801), (1, 801, 446), (3, 490, 801), (1, 490, 446)]
     assert scores.shape == (1, 3, 1024, 2048)
+
+
+@pytest.mark.parametrize("waiting", [32, 2, 0])
+def test_images_of_equal_size_go_through_together_and_none_is_lost(monkeypatch, waiting):
+    monkeypatch.setattr("util.evaluate.CPU_PIXELS", 3 * 20 * 30)
+    monkeypatch.setattr("util.evaluate.MAX_WAITING", waiting)
+    samples = _samples(4, ((20, 30), (17, 9), (40, 50)), count=15)
+    batches = []
+
+    class Watched(_WindowModel):
+        def forward(self, x):
+            batches.append(tuple(x.shape))
+            return super().forward(x)
+
+    result = evaluate(Watched(), samples, "sliding_window", 12, 4, "cpu")
+    each = [evaluate(_WindowModel(), [sample], "sliding_window", 12, 4, "cpu") for sample in samples]
+    assert torch.equal(result.confusion, sum(part.confusion for part in each))
+    assert all(n == 1 or n * h * w <= 3 * 20 * 30 for n, _, h, w in batches)
+    assert sum(n for n, *_ in batches) == 5 * (3 * 4 + 3 * 2 + 5 * 7)
+    together = max(n for n, _, h, w in batches if (h, w) == (1, 9))  # of 17 x 9: the last row of windows
+    assert together == {32: 5, 2: 2, 0: 1}[waiting]
 
 
 @pytest.mark.parametrize(

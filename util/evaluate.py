@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from dataset.transform import normalize
 from util.distributed import all_reduce_sum
 from util.losses import slices
 from util.metrics import confusion_matrix, iou_per_class, mean_iou
+
+# Windows of equal size go through the model together, up to so many pixels, and as many pixels of images.
+CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**21
+MAX_WAITING = 32  # images that wait for others of their size
 
 
 class Result(NamedTuple):
@@ -29,11 +34,13 @@ def evaluate(
     """Evaluate on batches `(image, label)`: images (1, 3, H, W), 8-bit or normalised, labels (1, H, W), 255 ignored.
 
     Each process goes through its own share; counts are summed once, so every process returns the whole result.
+    With sliding windows, images of equal size are evaluated together, and their order is another.
     """
     was_training = model.training
     model.eval()
     confusion = torch.zeros(nclass, nclass, dtype=torch.int64, device=device)
-    for image, label, *_ in loader:
+    batches = _of_equal_size(loader, _pixels(device)) if mode == "sliding_window" else loader
+    for image, label, *_ in batches:
         image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
         if image.dtype == torch.uint8:
             image = normalize(image)
@@ -60,15 +67,45 @@ def sliding_window(model: nn.Module, image: torch.Tensor, size: int) -> torch.Te
     """
     height, width = image.shape[-2:]
     stride = int(size * 2 / 3)
-    scores = None
+    windows = defaultdict(list)
     for y in range(0, height, stride):
         for x in range(0, width, stride):
-            window = (..., slice(y, y + size), slice(x, x + size))
-            prob = model(image[window]).softmax(dim=1)
+            place = (..., slice(y, min(y + size, height)), slice(x, min(x + size, width)))
+            windows[image[place].shape].append(place)
+    scores = None
+    for shape, places in windows.items():
+        at_once = max(1, _pixels(image.device) // (len(image) * shape[-2] * shape[-1]))
+        for i in range(0, len(places), at_once):
+            part = places[i : i + at_once]
+            probs = model(torch.cat([image[place] for place in part])).softmax(dim=1)
             if scores is None:
-                scores = prob.new_zeros(len(image), prob.shape[1], height, width)
-            scores[window] += prob
+                scores = probs.new_zeros(len(image), probs.shape[1], height, width)
+            for place, prob in zip(part, probs.split(len(image)), strict=True):
+                scores[place] += prob
     return scores
+
+
+def _of_equal_size(loader: Iterable[Any], pixels: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The loader's images and labels, those of equal size in one batch, of `pixels` at most where it holds several."""
+    waiting: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+
+    def batch(size: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = zip(*waiting.pop(size), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    for image, label, *_ in loader:
+        size = (image.dtype, *image.shape[1:])
+        waiting[size].append((image, label))
+        if (len(waiting[size]) + 1) * image[0, 0].numel() > pixels:
+            yield batch(size)
+        elif sum(map(len, waiting.values())) > MAX_WAITING:
+            yield batch(next(iter(waiting)))
+    for size in list(waiting):
+        yield batch(size)
+
+
+def _pixels(device: torch.device | str) -> int:
+    return CPU_PIXELS if torch.device(device).type == "cpu" else DEVICE_PIXELS
 
 
 def center_crop(tensor: torch.Tensor, size: int) -> torch.Tensor:
