@@ -1,9 +1,10 @@
 """A cache of decoded images and labels, in memory or on a disk, shared by the loading processes of a machine.
 
 One file per picture: a header that says of which source file (its size and time of change) and the pixels, row by row.
-Readers map it into memory, so that only the part that a crop needs is read. A file appears under its name when it is
-complete, so that neither two writers nor a kill can leave half a picture. When the cache is full it stays as it is:
-every picture is used once an epoch, so no choice of which to keep would be better than the first that came.
+Readers map it into memory, so that only the part that a crop needs is read, and keep the latest of these maps. A file
+appears under its name when it is complete, so that neither two writers nor a kill can leave half a picture. When the
+cache is full it stays as it is: every picture is used once an epoch, so no choice of which to keep would be better than
+the first that came.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import mmap
 import os
 import shutil
 import struct
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dataset.errors import DataError
-from dataset.files import read_label, read_pixels
+from dataset.files import read_indices, read_pixels
 
 SHARED_MEMORY = Path("/dev/shm")
+MAX_MAPS = 4096  # pictures that a process keeps mapped; of the labelled ones, which come often, mostly all
 SPARE = 2**30  # bytes left free: batches on their way from the workers are in shared memory too
 _PREFIX = "unimatch-cache-"
 # Magic, bytes and time (ns) of the source file, height, width, channels (0: a label).
@@ -44,6 +47,7 @@ class ImageCache:
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
+        self._maps: OrderedDict[tuple[str | Path, int], tuple[tuple[int, int], np.ndarray]] = OrderedDict()
         try:
             self._lock, self._owner = _hold(self.folder), os.getpid()
             with self._counter() as counter:  # recounted: a killed writer had announced what it never wrote
@@ -56,8 +60,8 @@ class ImageCache:
         return self._get(path, read_pixels, channels=3)
 
     def label(self, path: str | Path) -> np.ndarray:
-        """uint8 (H, W), as `read_label` gives it; raises its DataError."""
-        return self._get(path, lambda file: np.asarray(read_label(file)), channels=0)
+        """uint8 (H, W), as `read_indices` gives it; raises its DataError."""
+        return self._get(path, read_indices, channels=0)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -66,24 +70,30 @@ class ImageCache:
             self._lock = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "_maps": OrderedDict()}
 
     def _get(self, path: str | Path, read: Callable[[str | Path], np.ndarray], channels: int) -> np.ndarray:
         if os.getpid() != self._owner:  # a worker: its parent holds the folder, and may outlive it
             self.close()
-        name = hashlib.sha256(f"{channels} {os.path.abspath(path)}".encode()).hexdigest()[:40]
-        entry = os.path.join(self.folder, name[:2], name)
         try:
             source = os.stat(path)
         except OSError:
             return read(path)  # which tells what is wrong
         stamp = (source.st_size, source.st_mtime_ns)
-        pixels = _read_entry(entry, stamp, channels)
-        if pixels is None:
-            pixels = read(path)
-            # A full or failing cache costs time, not the run.
-            with contextlib.suppress(OSError):
-                self._write(Path(entry), stamp, channels, pixels)
+        made_of, pixels = self._maps.pop((path, channels), (None, None))
+        if made_of != stamp:
+            name = hashlib.sha256(f"{channels} {os.path.abspath(path)}".encode()).hexdigest()[:40]
+            entry = os.path.join(self.folder, name[:2], name)
+            pixels = _read_entry(entry, stamp, channels)
+            if pixels is None:
+                pixels = read(path)
+                # A full or failing cache costs time, not the run.
+                with contextlib.suppress(OSError):
+                    self._write(Path(entry), stamp, channels, pixels)
+                return pixels
+        self._maps[path, channels] = stamp, pixels
+        if len(self._maps) > MAX_MAPS:
+            self._maps.popitem(last=False)
         return pixels
 
     def _write(self, entry: Path, stamp: tuple[int, int], channels: int, pixels: np.ndarray) -> None:
@@ -210,9 +220,9 @@ def _hold(folder: Path) -> int:
 def _read_entry(entry: str, stamp: tuple[int, int], channels: int) -> np.ndarray | None:
     """The pixels of `entry`, mapped, if it is whole and made of the source file with this stamp."""
     try:
-        with open(entry, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # a missing or an empty file
+        # Not by the mmap module, whose maps hold a file descriptor each.
+        mapped = torch.from_file(entry, shared=False, size=os.stat(entry).st_size, dtype=torch.uint8).numpy()
+    except (OSError, RuntimeError):  # it is missing, or was replaced meanwhile
         return None
     if len(mapped) < _HEADER.size:
         return None
@@ -221,7 +231,9 @@ def _read_entry(entry: str, stamp: tuple[int, int], channels: int) -> np.ndarray
     whole = len(mapped) == _HEADER.size + height * width * max(channels, 1)
     if not whole or (magic, size, changed, depth) != (_MAGIC, *stamp, channels):
         return None
-    return np.frombuffer(mapped, np.uint8, offset=_HEADER.size).reshape(shape)
+    pixels = mapped[_HEADER.size :].reshape(shape)
+    pixels.flags.writeable = False
+    return pixels
 
 
 def _size(folder: Path) -> int:

@@ -24,6 +24,9 @@ from dataset.errors import DataError
 IGNORE_INDEX = 255
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 _ALLOW_OUTSIDE = "allow_outside_root: true permits that"
+LARGE = 2**19  # pixels of a PNG from which on leaving out rows saves more than it costs
+# (width, height) of a picture -> its rows, from the top, whose pixels are wanted
+RowsNeeded = Callable[[int, int], int]
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 # Whatever its name, a file with PostScript in it would be run by Ghostscript.
@@ -142,24 +145,54 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 def read_pixels(path: str | Path) -> np.ndarray:
     """What `read_image` decodes, as uint8 (H, W, 3): the same values, from JPEG files sooner. Raises DataError."""
+    return np.asarray(decode_image(path))
+
+
+def decode_image(path: str | Path, rows_needed: RowsNeeded | None = None) -> Image.Image | np.ndarray:
+    """An image as 8-bit RGB, as its decoder leaves it: a Pillow image or uint8 (H, W, 3). Raises DataError.
+
+    Below the rows that are needed a large PNG may be left black, and its faults unnoticed.
+    """
     with open_image(path) as image:
         # PNG stays with Pillow: torchvision's decoder takes the whole process down at a damaged file.
         decode = _jpeg_decoder() if image.format == "JPEG" and image.mode == "RGB" else None
         if decode is not None:
             with contextlib.suppress(RuntimeError):  # of a damaged file; Pillow tells what is wrong with it
                 return decode(np.fromfile(path, np.uint8))
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        _leave_out_rows(image, rows_needed)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_label(path: str | Path) -> Image.Image:
     """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file."""
+    return Image.fromarray(read_indices(path))
+
+
+def read_indices(path: str | Path, rows_needed: RowsNeeded | None = None) -> np.ndarray:
+    """Decode a label as class indices, uint8 (H, W), 0 below the rows that are needed. Raises DataError naming it."""
     with _faults_named(path, "label"), Image.open(path) as label:
         if label.mode not in ("L", "P", "1"):
             raise DataError(
                 f"{path}: the label is a {label.mode} image; expected one 8-bit channel of class indices",
                 "labels that are not one 8-bit channel",
             )
-        return Image.fromarray(np.asarray(label).astype(np.uint8, copy=False))  # palette indices stay indices
+        _leave_out_rows(label, rows_needed)
+        return np.asarray(label).astype(np.uint8, copy=False)  # palette indices stay indices
+
+
+def _leave_out_rows(image: Image.Image, rows_needed: RowsNeeded | None) -> None:
+    """Have a large PNG decoded no further than needed; decoding goes from the top to the bottom.
+
+    What Pillow is to decode, and into which part of the image, stands in `tile`. An interlaced PNG comes as a whole.
+    """
+    if rows_needed is None or image.format != "PNG" or image.info.get("interlace"):
+        return
+    width, height = image.size
+    rows = min(rows_needed(width, height), height)
+    if width * height >= LARGE and len(image.tile) == 1 and image.tile[0][1] == (0, 0, width, height):
+        decoder, _, offset, arguments = image.tile[0]
+        image.tile = [(decoder, (0, 0, width, rows), offset, arguments)]
 
 
 def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.Image:

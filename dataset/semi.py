@@ -25,28 +25,32 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from dataset.cache import ImageCache
 from dataset.files import (
     IGNORE_INDEX,
+    RowsNeeded,
     Sample,
+    decode_image,
     image_pixel_limit,
     limit_image_pixels,
     map_label,
-    read_label,
-    read_pixels,
+    read_indices,
     size_fault,
 )
 from dataset.replace import ReplacingLoader
 from dataset.transform import (
     Box,
     Extent,
+    Geometry,
     Photometry,
-    apply_geometry,
     apply_photometry,
     apply_photometry_tensor,
     box_mask,
+    crop_pixels,
     draw_cutmix_box,
     draw_geometry,
     draw_photometry,
     normalize,
     padding_mask,
+    picture_size,
+    rows_needed,
     to_tensor,
     visible_extent,
 )
@@ -101,7 +105,7 @@ class Key(NamedTuple):
 
 def stream(seed: int, *purpose: int) -> np.random.Generator:
     """An independent generator for each tuple of non-negative integers below 2**32, among tuples of one length."""
-    return np.random.default_rng([seed, *purpose])
+    return np.random.default_rng(np.array([seed, *purpose], np.uint32))  # sooner than from a list
 
 
 class EpochSampler(Sampler[Key]):
@@ -197,70 +201,89 @@ class TrainDataset(Dataset):
         return labeled if self.unlabeled is None else (labeled, self._unlabeled(key))
 
     def _labeled(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = self.labeled[key.labeled % len(self.labeled)]
-        image, label = load_sample(sample, self.data_root, self.label_map, self.cache)
-        height, width = image.shape[:2]
-        geometry = draw_geometry(width, height, self.crop_size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
-        crop = apply_geometry(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
-        label_crop = apply_geometry(label, geometry, self.crop_size, IGNORE_INDEX, Image.Resampling.NEAREST)
-        return _pixels(crop), _pixels(label_crop)
+        sample, size = self.labeled[key.labeled % len(self.labeled)], self.crop_size
+
+        def draw(width: int, height: int) -> Geometry:
+            return draw_geometry(width, height, size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
+
+        def rows(width: int, height: int) -> int:
+            return rows_needed(width, height, draw(width, height), size)
+
+        image, label = load_sample(sample, self.data_root, self.label_map, self.cache, rows)
+        geometry = draw(*picture_size(image))
+        crop = crop_pixels(image, geometry, size, 0, Image.Resampling.BILINEAR)
+        label_crop = crop_pixels(label, geometry, size, IGNORE_INDEX, Image.Resampling.NEAREST)
+        return torch.from_numpy(crop), torch.from_numpy(label_crop)
 
     def _unlabeled(self, key: Key) -> UnlabeledSample:
-        image = load_image(self.data_root / self.unlabeled[key.unlabeled].image, self.cache)
+        def rows(width: int, height: int) -> int:
+            geometries = (self._draw_view(key, view, width, height)[0] for view in (0, 1))
+            return max(rows_needed(width, height, geometry, self.crop_size) for geometry in geometries)
+
+        image = load_image(os.path.join(self.data_root, self.unlabeled[key.unlabeled].image), self.cache, rows)
         weak, extent, draws, boxes = self._view(image, key, view=0)
         partner, extent_mix, draws_mix = None, extent, (None,) * len(draws)
         if any(boxes):  # else nothing of the partner is used
             if key.partner != key.unlabeled:  # an image that is its own partner is decoded once
-                image = load_image(self.data_root / self.unlabeled[key.partner].image, self.cache)
+                image = load_image(os.path.join(self.data_root, self.unlabeled[key.partner].image), self.cache, rows)
             partner, extent_mix, draws_mix, _ = self._view(image, key, view=1)
         strong, later = (), (draws, draws_mix)
         if self.photometry == "worker":
             views = zip(draws, draws_mix, boxes, strict=True)
-            strong, later = tuple(_pixels(_strong_view(weak, partner, *view)) for view in views), ()
-        mix = None if partner is None else _pixels(partner)
-        return UnlabeledSample(_pixels(weak), strong, mix, (extent, extent_mix), boxes, later)
+            strong, later = tuple(_strong_view(weak, partner, *view) for view in views), ()
+        mix = None if partner is None else torch.from_numpy(partner)
+        return UnlabeledSample(torch.from_numpy(weak), strong, mix, (extent, extent_mix), boxes, later)
 
     def _view(
-        self, image: np.ndarray, key: Key, view: int
-    ) -> tuple[Image.Image, Extent, tuple[Photometry, ...], tuple[Box | None, ...]]:
+        self, image: Image.Image | np.ndarray, key: Key, view: int
+    ) -> tuple[np.ndarray, Extent, tuple[Photometry, ...], tuple[Box | None, ...]]:
         """The weak view, and what is drawn for the strong views that start from it."""
-        rng, size = stream(self.seed, VIEW_U, key.epoch, key.unlabeled, view), self.crop_size
-        height, width = image.shape[:2]
-        geometry = draw_geometry(width, height, size, rng)
-        weak = apply_geometry(image, geometry, size, 0, Image.Resampling.BILINEAR)
-        draws = [(draw_photometry(rng), draw_cutmix_box(size, rng)) for _ in range(self.strong_views)]
-        return weak, visible_extent(width, height, geometry, size), *zip(*draws, strict=True)
+        geometry, photometry, boxes = self._draw_view(key, view, *picture_size(image))
+        weak = crop_pixels(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
+        return weak, visible_extent(*picture_size(image), geometry, self.crop_size), photometry, boxes
+
+    def _draw_view(
+        self, key: Key, view: int, width: int, height: int
+    ) -> tuple[Geometry, tuple[Photometry, ...], tuple[Box | None, ...]]:
+        """All that is drawn for a view of an image of `width` x `height`: nothing but the arguments tells what."""
+        rng = stream(self.seed, VIEW_U, key.epoch, key.unlabeled, view)
+        geometry = draw_geometry(width, height, self.crop_size, rng)
+        draws = [(draw_photometry(rng), draw_cutmix_box(self.crop_size, rng)) for _ in range(self.strong_views)]
+        return geometry, *zip(*draws, strict=True)
 
 
 def _strong_view(
-    weak: Image.Image, partner: Image.Image | None, draw: Photometry, draw_mix: Photometry, box: Box | None
-) -> Image.Image:
+    weak: np.ndarray, partner: np.ndarray | None, draw: Photometry, draw_mix: Photometry, box: Box | None
+) -> torch.Tensor:
     """The strong view of `weak`, with the partner's inside the box."""
-    strong = apply_photometry(weak, draw)
+    strong = apply_photometry(Image.fromarray(weak), draw)
     if box is not None:
-        strong.paste(apply_photometry(partner, draw_mix, box), (box.x, box.y))
-    return strong
+        strong.paste(apply_photometry(Image.fromarray(partner), draw_mix, box), (box.x, box.y))
+    return torch.from_numpy(np.array(strong))
 
 
 def load_sample(
-    sample: Sample, root: Path, label_map: Mapping[int, int] | None, cache: ImageCache | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The image (H, W, 3) and the label (H, W) of class indices, uint8. Raises DataError."""
-    image = load_image(root / sample.image, cache)
-    path = root / sample.label
-    label = np.asarray(read_label(path)) if cache is None else cache.label(path)
-    if fault := size_fault(sample, root, image.shape[1::-1], label.shape[::-1]):
+    sample: Sample,
+    root: Path,
+    label_map: Mapping[int, int] | None,
+    cache: ImageCache | None,
+    rows: RowsNeeded | None = None,
+) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+    """The image, as `load_image` gives it, and the label (H, W) of class indices, uint8. Raises DataError."""
+    image = load_image(os.path.join(root, sample.image), cache, rows)
+    path = os.path.join(root, sample.label)
+    label = read_indices(path, rows) if cache is None else cache.label(path)
+    if fault := size_fault(sample, root, picture_size(image), picture_size(label)):
         raise fault
     return image, np.asarray(map_label(Image.fromarray(label), label_map)) if label_map else label
 
 
-def load_image(path: Path, cache: ImageCache | None) -> np.ndarray:
-    """uint8 (H, W, 3), decoded or from the cache. Raises DataError."""
-    return read_pixels(path) if cache is None else cache.image(path)
+def load_image(path: str | Path, cache: ImageCache | None, rows: RowsNeeded | None = None) -> Image.Image | np.ndarray:
+    """8-bit RGB: a Pillow image or uint8 (H, W, 3), whichever is there first, maybe no further than the `rows` needed.
 
-
-def _pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))
+    Raises DataError.
+    """
+    return decode_image(path, rows) if cache is None else cache.image(path)
 
 
 class ValDataset(Dataset):

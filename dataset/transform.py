@@ -19,6 +19,7 @@ from dataset.files import IGNORE_INDEX
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SEARCHED = 32  # pixels on each side of a crop's window among which the window that is resized begins and ends
 SMALL = 2**16  # pixels of a picture that is resized whole, since cutting it up would save nothing
 
 
@@ -83,27 +84,53 @@ def apply_geometry(
     (Pillow's, antialiased) and 0; labels `Image.NEAREST` and 255. Labels are exactly what resizing the whole picture
     gives, and so are small images; else some pixels in a thousand are a level off: Pillow places the window in float32.
     """
-    pixels = np.asarray(image)
-    height, width = pixels.shape[:2]
-    new_size = resized_size(width, height, geometry.long_side)
+    return Image.fromarray(crop_pixels(image, geometry, size, fill, resample))
+
+
+def crop_pixels(
+    image: Image.Image | np.ndarray, geometry: Geometry, size: int, fill: int, resample: Image.Resampling
+) -> np.ndarray:
+    """The pixels of `apply_geometry`, uint8 (size, size, 3) or (size, size), in memory of their own."""
+    new_size = resized_size(*picture_size(image), geometry.long_side)
     window = (
         slice(geometry.y, min(geometry.y + size, new_size[1])),
         slice(geometry.x, min(geometry.x + size, new_size[0])),
     )
     resize = _resize_nearest if resample == Image.Resampling.NEAREST else _resize_bilinear
-    crop = resize(pixels, new_size, window)
-    if crop.size != (size, size):
-        canvas = Image.new(crop.mode, (size, size), (fill,) * len(crop.getbands()))
-        canvas.paste(crop)
-        crop = canvas
-    return ImageOps.mirror(crop) if geometry.flip else crop
+    shown = resize(image, new_size, window, geometry.flip)
+    height, width = shown.shape[:2]
+    result = np.empty((size, size, *shown.shape[2:]), np.uint8)
+    if (height, width) != (size, size):
+        result.fill(fill)
+    left = size - width if geometry.flip else 0
+    result[:height, left : left + width] = shown
+    return result
 
 
-def _resize_nearest(pixels: np.ndarray, new_size: tuple[int, int], window: tuple[slice, slice]) -> Image.Image:
-    """The (rows, columns) `window` of `pixels` resized to `new_size`; no other pixel is read."""
+def rows_needed(width: int, height: int, geometry: Geometry, size: int) -> int:
+    """Of a `width` x `height` picture, the rows, from the top, of which `apply_geometry` looks at the pixels."""
+    new_size = resized_size(width, height, geometry.long_side)
+    if _resized_whole(width, height, *new_size):
+        return height
+    stop = min(geometry.y + size + SEARCHED, new_size[1])
+    return min(int(stop * height / new_size[1] + _reach(height / new_size[1])) + 1, height)
+
+
+def picture_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) of a Pillow image or of its pixels (H, W, ...)."""
+    return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+
+
+def _resize_nearest(
+    image: Image.Image | np.ndarray, new_size: tuple[int, int], window: tuple[slice, slice], flip: bool
+) -> np.ndarray:
+    """The (rows, columns) `window` of `image` resized to `new_size`, mirrored if `flip`; no other pixel is read."""
+    pixels = np.asarray(image)
     (height, width), (new_width, new_height) = pixels.shape[:2], new_size
     rows, columns = _nearest_index(height, new_height)[window[0]], _nearest_index(width, new_width)[window[1]]
-    return Image.fromarray(pixels[rows][:, columns])  # ten times as fast as one index for both
+    pixels = pixels[:, columns[0] : columns[-1] + 1][rows]  # ten times as fast as one index for both
+    columns = columns - columns[0]
+    return pixels[:, columns[::-1] if flip else columns]
 
 
 @functools.lru_cache(maxsize=4096)  # some MB; a data set has few sizes
@@ -113,24 +140,53 @@ def _nearest_index(old: int, new: int) -> np.ndarray:
     return np.asarray(ramp.resize((new, 1), Image.Resampling.NEAREST))[0]
 
 
-def _resize_bilinear(pixels: np.ndarray, new_size: tuple[int, int], window: tuple[slice, slice]) -> Image.Image:
-    """The (rows, columns) `window` of `pixels` resized to `new_size`, from the pixels that it depends on."""
-    (height, width), (new_width, new_height) = pixels.shape[:2], new_size
-    rows, columns = window
-    # Newer versions of Pillow shrink some tall pictures first in height, then in width. The intermediate result is
-    # rounded, so the order shows: it is width first here, and those pictures are resized whole.
-    other_order = height - new_height > 2 * max(width - new_width, 0)
-    if other_order or new_width * new_height <= SMALL:
-        whole = Image.fromarray(pixels).resize(new_size, Image.Resampling.BILINEAR)
-        return whole.crop((columns.start, rows.start, columns.stop, rows.stop))
-    span_x, span_y = _source_span(columns, width, new_width), _source_span(rows, height, new_height)
-    source = Image.fromarray(np.ascontiguousarray(pixels[span_y.first : span_y.last, span_x.first : span_x.last]))
-    size, box = (span_x.size, source.height), (span_x.begin, 0, span_x.end, source.height)
-    source = source.resize(size, Image.Resampling.BILINEAR, box)
-    size, box = (span_x.size, span_y.size), (0, span_y.begin, span_x.size, span_y.end)
-    source = source.resize(size, Image.Resampling.BILINEAR, box)
-    left, top = columns.start - span_x.start, rows.start - span_y.start
-    return source.crop((left, top, left + columns.stop - columns.start, top + rows.stop - rows.start))
+def _resize_bilinear(
+    image: Image.Image | np.ndarray, new_size: tuple[int, int], window: tuple[slice, slice], flip: bool
+) -> np.ndarray:
+    """The (rows, columns) `window` of `image` resized to `new_size`, mirrored if `flip`, from what it depends on."""
+    (width, height), (new_width, new_height), (rows, columns) = picture_size(image), new_size, window
+    if _resized_whole(width, height, *new_size):
+        source = _cut(image, 0, 0, width, height).resize(new_size, Image.Resampling.BILINEAR)
+        left, top = columns.start, rows.start
+    else:
+        span_x, span_y = _source_span(columns, width, new_width), _source_span(rows, height, new_height)
+        source = _cut(image, span_x.first, span_y.first, span_x.last, span_y.last)
+        if _in_height_first(*source.size, span_x.size, span_y.size):
+            box = (span_x.begin, 0, span_x.end, source.height)
+            source = source.resize((span_x.size, source.height), Image.Resampling.BILINEAR, box)
+            span_x = span_x._replace(begin=0, end=span_x.size)
+        box = (span_x.begin, span_y.begin, span_x.end, span_y.end)
+        source = source.resize((span_x.size, span_y.size), Image.Resampling.BILINEAR, box)
+        left, top = columns.start - span_x.start, rows.start - span_y.start
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    if flip:
+        source, left = ImageOps.mirror(source), source.width - left - width
+    return np.asarray(source)[top : top + height, left : left + width]
+
+
+def _resized_whole(width: int, height: int, new_width: int, new_height: int) -> bool:
+    return new_width * new_height <= SMALL or _in_height_first(width, height, new_width, new_height)
+
+
+def _in_height_first(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Whether Pillow may resize a picture in height before width, as newer versions do with some that shrink.
+
+    The result between the two passes is rounded, so the order shows. Here all are resized in width first, but for
+    pictures that Pillow itself would not.
+    """
+    return height - new_height > 2 * max(width - new_width, 0)
+
+
+def _cut(image: Image.Image | np.ndarray, left: int, top: int, right: int, bottom: int) -> Image.Image:
+    """A part of a picture as a Pillow image."""
+    if isinstance(image, Image.Image):
+        return image.crop((left, top, right, bottom))
+    if not image.flags.c_contiguous:
+        return Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))
+    # Read in place, row by row, from its first byte on.
+    first = (top * image.shape[1] + left) * image[0, 0].size
+    mode = "L" if image.ndim == 2 else "RGB"
+    return Image.frombytes(mode, (right - left, bottom - top), image.reshape(-1)[first:], "raw", mode, image.strides[0])
 
 
 class _Span(NamedTuple):
@@ -153,17 +209,25 @@ def _source_span(window: slice, old: int, new: int) -> _Span:
     are off that would be otherwise.
     """
     scale = old / new
-    reach = max(scale, 1.0) + 1  # half the filter's width, and one for rounding
-    starts = np.arange(max(window.start - 20, 0), window.start + 1)[:, None]
-    stops = np.arange(window.stop, min(window.stop + 20, new) + 1)
+    reach = _reach(scale)
+    starts = np.arange(max(window.start - SEARCHED, 0), window.start + 1)[:, None]
+    stops = np.arange(window.stop, min(window.stop + SEARCHED, new) + 1)
     firsts = np.maximum((starts * scale - reach).astype(int), 0)
     exact = starts * old / new - firsts
     begins, ends = exact.astype(np.float32), (stops * old / new - firsts).astype(np.float32)
-    error = np.abs(begins - exact) + np.abs((ends - begins) - (stops - starts) * old / new)
+    sizes = stops - starts
+    error = np.abs(begins - exact) + np.abs((ends - begins) - sizes * old / new)
+    # The shortest of the exact ones; where there are none, one that is nearly the best, but shorter.
+    error += sizes * np.where(error < 1e-10, 1e-12, 3e-8)
     row, column = divmod(int(error.argmin()), len(stops))
     start, stop, first = int(starts[row, 0]), int(stops[column]), int(firsts[row, 0])
     last = min(int(stop * scale + reach) + 1, old)
     return _Span(first, last, float(begins[row, 0]), min(float(ends[row, column]), last - first), start, stop - start)
+
+
+def _reach(scale: float) -> float:
+    """Half the width of the bilinear filter in pixels of the source, and one for rounding."""
+    return max(scale, 1.0) + 1
 
 
 def visible_extent(width: int, height: int, geometry: Geometry, size: int) -> Extent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,32 @@ def test_a_source_file_that_changes_is_decoded_anew(root, tmp_path):
     (root / "0.jpg").unlink()
     with pytest.raises(DataError, match=r"0\.jpg: no such image"):
         cache.image(root / "0.jpg")
+
+
+def test_maps_are_kept_without_file_descriptors_and_only_so_many(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset.cache, "MAX_MAPS", 4)
+    cache = ImageCache(tmp_path / "cache", 10**6)
+    for index in range(COUNT):
+        cache.image(root / f"{index}.jpg")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    again = [cache.image(root / f"{index}.jpg") for index in (2, 3, 4, 5, 2)]
+    assert again[0] is again[4] and len(os.listdir("/proc/self/fd")) == descriptors
+    cache.image(root / "0.jpg")  # takes the place of 3.jpg, the longest unused one
+    assert cache.image(root / "2.jpg") is again[0]
+    assert cache.image(root / "3.jpg") is not again[1]
+    assert pickle.loads(pickle.dumps(cache)).image(root / "2.jpg") is not again[0]
+
+
+def test_a_map_outlives_its_file_and_a_new_one_is_taken_once_the_source_changes(root, tmp_path):
+    cache = ImageCache(tmp_path / "cache", 10**6)
+    cache.image(root / "0.jpg")
+    mapped, before = cache.image(root / "0.jpg"), read_pixels(root / "0.jpg")
+    shutil.copy(root / "1.jpg", root / "0.jpg")
+    os.utime(root / "0.jpg", ns=(0, 10**18))
+    other = ImageCache(tmp_path / "cache", 10**6)
+    other.image(root / "0.jpg")  # another process replaces the entry
+    assert np.array_equal(mapped, before)
+    assert np.array_equal(cache.image(root / "0.jpg"), read_pixels(root / "1.jpg"))
 
 
 def test_the_limit_is_kept_and_what_is_beyond_it_is_decoded_each_time(root, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dataset.semi
-from dataset.files import Sample
+from dataset.files import Sample, read_label, read_pixels
 from dataset.semi import (
     EpochSampler,
     Key,
@@ -305,21 +307,16 @@ def test_photometry_on_the_device_differs_from_the_workers_by_some_levels(tmp_pa
             levels.append(255 * std * (found[1][view] - expected[1][view]).abs())
             changes.append(255 * std * (expected[1].weak - expected[1][view]).abs())
     levels, changes = torch.stack(levels), torch.stack(changes)
-    print(
-        "LEVELS",
-        levels.mean(),
-        levels.flatten().kthvalue(int(0.99 * levels.numel())).values,
-        levels.max(),
-        changes.mean(),
-    )
     assert levels.mean() < 1.5
     assert changes.mean() > 20  # what is compared is far from the weak view
 
 
 def test_an_image_that_is_its_own_partner_is_decoded_once(root, monkeypatch):
     opened = []
-    read_pixels = dataset.semi.read_pixels
-    monkeypatch.setattr(dataset.semi, "read_pixels", lambda path: opened.append(path.name) or read_pixels(path))
+    decode = dataset.semi.decode_image
+    monkeypatch.setattr(
+        dataset.semi, "decode_image", lambda path, *a: opened.append(Path(path).name) or decode(path, *a)
+    )
     for epoch in range(8):
         own, other = f"{LABELED + 2}.png", f"{LABELED + 4}.png"
         opened.clear()
@@ -328,6 +325,50 @@ def test_an_image_that_is_its_own_partner_is_decoded_once(root, monkeypatch):
         opened.clear()
         _, views = _dataset(root)[Key(epoch, 1, 2, 4)]
         assert opened == ["1.png", own] + [other] * any(views.boxes)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_samples_of_large_png_are_the_same_however_far_they_are_decoded(tmp_path, monkeypatch, interlaced):
+    """Pictures of 1000 x 700, of which half of the crops need no more than the upper rows."""
+    rng = np.random.default_rng(0)
+    for name, channels in (("image", (3,)), ("label", ())):
+        coarse = rng.integers(0, 4, (70, 100, *channels), dtype=np.uint8)
+        picture = Image.fromarray((80 * coarse if channels else coarse).repeat(10, 0).repeat(10, 1))
+        picture.save(tmp_path / f"{name}.png")
+        if interlaced:
+            _interlace(tmp_path / f"{name}.png", np.asarray(picture))
+    samples = [Sample("image.png", "label.png")]
+    data = TrainDataset(samples, [samples[0]._replace(label=None)], tmp_path, 200, seed=1)
+    keys = [Key(epoch, 0, 0, 0) for epoch in range(12)]
+    found = [data[key] for key in keys]
+    cuts = []
+
+    def whole(path, rows_needed=None):
+        height = Image.open(path).height
+        cuts.append(rows_needed(1000, 700) < height)
+        return read_pixels(path)
+
+    monkeypatch.setattr(dataset.semi, "decode_image", whole)
+    monkeypatch.setattr(dataset.semi, "read_indices", lambda path, _: np.asarray(read_label(path)))
+    assert all(_equal(data[key], views) for key, views in zip(keys, found, strict=True))
+    assert sum(cuts) > 12
+
+
+def _interlace(path: Path, pixels: np.ndarray) -> None:
+    """Write an interlaced PNG, which Pillow only reads: seven passes, each its lines without a filter."""
+    lines, passes = (
+        b"",
+        ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)),
+    )
+    for y, x, dy, dx in passes:
+        lines += b"".join(b"\0" + line.tobytes() for line in pixels[y::dy, x::dx])
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2 if pixels.ndim == 3 else 0, 0, 0, 1)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert np.array_equal(np.asarray(Image.open(path)), pixels)
 
 
 def test_other_image_works_with_one_image_per_process(root):
@@ -342,8 +383,8 @@ def test_other_image_works_with_one_image_per_process(root):
 
 def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
     opened = set()
-    read_label = dataset.semi.read_label
-    monkeypatch.setattr(dataset.semi, "read_label", lambda path: opened.add(path.name) or read_label(path))
+    read = dataset.semi.read_indices
+    monkeypatch.setattr(dataset.semi, "read_indices", lambda path, *a: opened.add(Path(path).name) or read(path, *a))
     for partner in ("same_image", "other_image"):
         sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner=partner)
         assert len(list(train_loader(_dataset(root), sampler, LoaderOptions()))) == UNLABELED

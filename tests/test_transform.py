@@ -23,12 +23,14 @@ from dataset.transform import (
     apply_geometry,
     apply_photometry,
     box_mask,
+    crop_pixels,
     draw_cutmix_box,
     draw_geometry,
     draw_photometry,
     normalize,
     padding_mask,
     resized_size,
+    rows_needed,
     to_tensor,
     visible_extent,
 )
@@ -380,6 +382,35 @@ def test_only_the_pixels_that_a_crop_depends_on_are_read():
             changed = 255 - pixels
             changed[tuple(kept)] = pixels[tuple(kept)]
             assert np.array_equal(before, np.asarray(apply_geometry(changed, geometry, size, 0, resample)))
+
+
+@pytest.mark.parametrize("width, height, size", [(700, 600, 128), (300, 900, 200), (120, 90, 64)])
+def test_below_the_rows_needed_no_pixel_counts(width, height, size):
+    pixels, rng = np.asarray(_photograph(width, height, seed=1)), np.random.default_rng(5)
+    left_out = 0
+    for _ in range(40):
+        geometry = draw_geometry(width, height, size, rng)
+        rows = rows_needed(width, height, geometry, size)
+        cut = pixels.copy()
+        cut[rows:] = 0
+        left_out += rows < height
+        for resample in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST):
+            ways = (apply_geometry(x, geometry, size, 0, resample) for x in (pixels, Image.fromarray(cut)))
+            assert np.array_equal(*map(np.asarray, ways))
+    assert (left_out > 10) == (width > 120)  # the smallest are resized whole
+
+
+def test_pixels_in_any_layout_and_pillow_images_give_the_same_crop():
+    picture = _photograph(500, 375, seed=4)
+    pixels = np.asarray(picture)
+    planar = np.ascontiguousarray(pixels.transpose(2, 0, 1)).transpose(1, 2, 0)
+    larger = np.zeros((400, 600, 3), np.uint8)
+    larger[10:385, 7:507] = pixels
+    for geometry in (Geometry(900, 200, 150, True), Geometry(400, 3, 0, False), Geometry(260, 0, 0, True)):
+        expected = crop_pixels(picture, geometry, 321, 0, Image.Resampling.BILINEAR)
+        assert expected.flags.writeable and expected.flags.owndata
+        for way in (pixels, planar, larger[10:385, 7:507]):
+            assert np.array_equal(crop_pixels(way, geometry, 321, 0, Image.Resampling.BILINEAR), expected)
 
 
 def test_photometry_inside_a_box_is_that_of_the_whole_picture():
