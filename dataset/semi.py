@@ -229,8 +229,9 @@ class TrainDataset(Dataset):
             partner, extent_mix, draws_mix, _ = self._view(image, key, view=1)
         strong, later = (), (draws, draws_mix)
         if self.photometry == "worker":
+            pictures = [None if pixels is None else Image.fromarray(pixels) for pixels in (weak, partner)]
             views = zip(draws, draws_mix, boxes, strict=True)
-            strong, later = tuple(_strong_view(weak, partner, *view) for view in views), ()
+            strong, later = tuple(_strong_view(*pictures, *view) for view in views), ()
         mix = None if partner is None else torch.from_numpy(partner)
         return UnlabeledSample(torch.from_numpy(weak), strong, mix, (extent, extent_mix), boxes, later)
 
@@ -253,12 +254,12 @@ class TrainDataset(Dataset):
 
 
 def _strong_view(
-    weak: np.ndarray, partner: np.ndarray | None, draw: Photometry, draw_mix: Photometry, box: Box | None
+    weak: Image.Image, partner: Image.Image | None, draw: Photometry, draw_mix: Photometry, box: Box | None
 ) -> torch.Tensor:
     """The strong view of `weak`, with the partner's inside the box."""
-    strong = apply_photometry(Image.fromarray(weak), draw)
+    strong = apply_photometry(weak, draw)
     if box is not None:
-        strong.paste(apply_photometry(Image.fromarray(partner), draw_mix, box), (box.x, box.y))
+        strong.paste(apply_photometry(partner, draw_mix, box), (box.x, box.y))
     return torch.from_numpy(np.array(strong))
 
 

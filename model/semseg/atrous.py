@@ -20,7 +20,8 @@ class AtrousConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled() and _share_inside(x, self.dilation[0]) <= 0.5:
-            return _SkippingPadding.apply(x, self.weight, self.dilation[0])
+            # In the type of x, as autocast has it: cast once, for the forward and the backward pass.
+            return _SkippingPadding.apply(x, self.weight.to(x.dtype), self.dilation[0])
         return super().forward(x)
 
 
@@ -35,20 +36,20 @@ class _SkippingPadding(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         saved = ctx.saved_tensors
-        # Under autocast the output has fewer bits than the weight, and maybe than x.
+        # Under autocast the output may have fewer bits than x.
         x, weight = (tensor.to(gradient.dtype) for tensor in saved)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             size = {"padding": ctx.dilation, "dilation": ctx.dilation}
             of_x = torch.nn.grad.conv2d_input(x.shape, weight, gradient, **size).to(saved[0].dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(x, gradient, ctx.dilation).to(saved[1].dtype)
+            of_weight = _weight_gradient(x, gradient, weight, ctx.dilation).to(saved[1].dtype)
         return of_x, of_weight, None
 
 
-def _weight_gradient(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
-    """x (B, I, H, W), gradient of the output (B, O, H, W) -> gradient of the weight (O, I, 3, 3)."""
-    result = x.new_empty(gradient.shape[1], x.shape[1], 3, 3)
+def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """x (B, I, H, W), gradient of the output (B, O, H, W) -> gradient of the weight (O, I, 3, 3), in its layout."""
+    result = torch.empty_like(weight)
     for i, (rows, rows_seen) in enumerate(_taps(x.shape[2], dilation)):
         for j, (columns, columns_seen) in enumerate(_taps(x.shape[3], dilation)):
             result[:, :, i, j] = torch.einsum(

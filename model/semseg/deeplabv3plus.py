@@ -60,8 +60,10 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(*conv_bn_relu(5 * out_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        branches = (self.b0, self.b1, self.b2, self.b3, self.b4)
-        return self.project(torch.cat([branch(x) for branch in branches], dim=1))
+        # First forward is last backward: pooling's gradient is never in channels_last format, and would have all others
+        # added to it in an order that is slow.
+        pooled = self.b4(x)
+        return self.project(torch.cat([self.b0(x), self.b1(x), self.b2(x), self.b3(x), pooled], dim=1))
 
 
 class DeepLabV3Plus(nn.Module):
