@@ -77,21 +77,50 @@ class UnlabeledViews(NamedTuple):
 
 
 class PackedViews(NamedTuple):
-    """What workers send of B unlabelled samples: 8-bit pixels (., S, S, 3), S = crop size, and numbers instead of maps.
+    """What workers send of B unlabelled samples: 8-bit pixels, and numbers instead of maps. S = crop size.
 
-    weak: (B, ...). strong: for each of V strong views (B, ...), the partner's pixels inside its box; or none, where
-    `photometry` has the draws of each sample, of its view and of its partner's. partner: (U, ...), weak views of the
-    partners of the U samples that have a CutMix box, and used: (U,) int64, which these are. extent: (B, 2, 3) int64,
-    the numbers of Extent for view and partner; boxes: (B, V, 4) int64, those of Box, 0 without one.
+    Two tensors in all, since each takes a message and a file of shared memory: pixels (N, S, S, 3), one kind of view
+    after the other, and numbers, int64. `photometry` has the draws of each sample's strong views, of its own and of
+    its partner's, where these views are made on the device; else it is empty.
     """
 
-    weak: torch.Tensor
-    strong: tuple[torch.Tensor, ...]
-    partner: torch.Tensor
-    used: torch.Tensor
-    extent: torch.Tensor
-    boxes: torch.Tensor
+    pixels: torch.Tensor
+    numbers: torch.Tensor
+    count: int  # B
+    views: int  # V, strong views of a sample
     photometry: tuple[Any, ...]
+
+    @property
+    def weak(self) -> torch.Tensor:
+        """(B, S, S, 3)."""
+        return self.pixels[: self.count]
+
+    @property
+    def strong(self) -> tuple[torch.Tensor, ...]:
+        """V times (B, S, S, 3), the partner's pixels inside its box; none with `photometry`."""
+        views = 0 if self.photometry else self.views
+        return tuple(self.pixels[self.count * view : self.count * (view + 1)] for view in range(1, 1 + views))
+
+    @property
+    def partner(self) -> torch.Tensor:
+        """(U, S, S, 3), weak views of the partners of the U samples that have a CutMix box."""
+        return self.pixels[len(self.pixels) - len(self.used) :]
+
+    @property
+    def extent(self) -> torch.Tensor:
+        """(B, 2, 3), the numbers of Extent for view and partner."""
+        return self.numbers[: 6 * self.count].view(self.count, 2, 3)
+
+    @property
+    def boxes(self) -> torch.Tensor:
+        """(B, V, 4), those of Box, 0 without one."""
+        start, length = 6 * self.count, 4 * self.views * self.count
+        return self.numbers[start : start + length].view(self.count, self.views, 4)
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(U,), which of the samples have a CutMix box."""
+        return self.numbers[(6 + 4 * self.views) * self.count :]
 
 
 class Key(NamedTuple):
@@ -383,16 +412,18 @@ def collate(samples: Sequence[Any]) -> Any:
     if isinstance(samples[0][1], torch.Tensor):
         return default_collate(samples)
     labeled, unlabeled = zip(*samples, strict=True)
-    partners = [(index, sample.partner) for index, sample in enumerate(unlabeled) if sample.partner is not None]
-    weak = default_collate([sample.weak for sample in unlabeled])
+    used = [index for index, sample in enumerate(unlabeled) if sample.partner is not None]
+    pixels = [sample.weak for sample in unlabeled]
+    pixels += [view for views in zip(*(sample.strong for sample in unlabeled), strict=True) for view in views]
+    pixels += [unlabeled[index].partner for index in used]
+    extents = [number for sample in unlabeled for extent in sample.extent for number in extent]
+    boxes = [number for sample in unlabeled for box in sample.boxes for number in box or (0, 0, 0, 0)]
     return default_collate(labeled), PackedViews(
-        weak,
-        tuple(default_collate(views) for views in zip(*(sample.strong for sample in unlabeled), strict=True)),
-        default_collate([partner for _, partner in partners]) if partners else weak[:0],
-        torch.tensor([index for index, _ in partners], dtype=torch.int64),
-        torch.tensor([sample.extent for sample in unlabeled]),
-        torch.tensor([[box or (0, 0, 0, 0) for box in sample.boxes] for sample in unlabeled]),
-        tuple(sample.photometry for sample in unlabeled),
+        default_collate(pixels),
+        torch.tensor([*extents, *boxes, *used], dtype=torch.int64),
+        len(unlabeled),
+        len(unlabeled[0].boxes),
+        tuple(sample.photometry for sample in unlabeled if sample.photometry),
     )
 
 
@@ -407,13 +438,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _unpack(packed: PackedViews, device: torch.device) -> tuple[UnlabeledViews, UnlabeledViews]:
     """The views and those of their CutMix partners, whose strong views are the same: they have been pasted already."""
     moved = packed._replace(
-        strong=tuple(view.to(device, non_blocking=True) for view in packed.strong),
-        **{
-            name: getattr(packed, name).to(device, non_blocking=True)
-            for name in ("weak", "partner", "used", "extent", "boxes")
-        },
+        pixels=packed.pixels.to(device, non_blocking=True), numbers=packed.numbers.to(device, non_blocking=True)
     )
-    size = packed.weak.shape[1]
+    size = packed.pixels.shape[1]
     boxes = [box_mask(box, size) for box in moved.boxes.unbind(1)]
     strong = [_images(view) for view in moved.strong or _strong_views(moved, boxes)]
     strong, boxes = (*strong, None)[:2], (*boxes, None)[:2]
