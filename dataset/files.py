@@ -186,13 +186,12 @@ def _leave_out_rows(image: Image.Image, rows_needed: RowsNeeded | None) -> None:
 
     What Pillow is to decode, and into which part of the image, stands in `tile`. An interlaced PNG comes as a whole.
     """
-    if rows_needed is None or image.format != "PNG" or image.info.get("interlace"):
-        return
     width, height = image.size
-    rows = min(rows_needed(width, height), height)
-    if width * height >= LARGE and len(image.tile) == 1 and image.tile[0][1] == (0, 0, width, height):
+    if rows_needed is None or image.format != "PNG" or image.info.get("interlace") or width * height < LARGE:
+        return
+    if len(image.tile) == 1 and image.tile[0][1] == (0, 0, width, height):
         decoder, _, offset, arguments = image.tile[0]
-        image.tile = [(decoder, (0, 0, width, rows), offset, arguments)]
+        image.tile = [(decoder, (0, 0, width, min(rows_needed(width, height), height)), offset, arguments)]
 
 
 def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.Image:
