@@ -14,7 +14,7 @@ from util.distributed import all_reduce_sum
 from util.losses import slices
 from util.metrics import confusion_matrix, iou_per_class, mean_iou
 
-# Windows of equal size go through the model together, up to so many pixels, and as many pixels of images.
+# Windows of equal size go through the model together up to so many pixels, and images of equal size likewise.
 CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**21
 MAX_WAITING = 32  # images that wait for others of their size
 

@@ -56,7 +56,7 @@ def describe_precision(cfg: Config, device: torch.device) -> str:
     return f"computing: {', '.join(parts)}"
 
 
-def evaluation_copy(model: nn.Module) -> nn.Module:
+def evaluation_copy(model: DeepLabV3Plus) -> DeepLabV3Plus:
     """A copy of `model` in eval mode, made faster: each BatchNorm folded into the convolution before it.
 
     That convolution is the module registered before the BatchNorm, as in all models here. With autocast the copy's
