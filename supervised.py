@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from util.cli import parse_args, run_main
-from util.distributed import distribute
-from util.engine import fit
+from util.distributed.ddp import distribute
 from util.losses import build_criterion
 from util.run import open_run
 from util.schedule import build_optimizer
+from util.train.loop import fit
 
 
 def supervised_step(

@@ -18,12 +18,12 @@ from torch import nn
 
 from dataset.semi import UnlabeledViews
 from util.cli import parse_args, run_main
-from util.distributed import distribute, no_sync
-from util.engine import fit
+from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion
 from util.run import open_run
 from util.schedule import build_optimizer
 from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
+from util.train.loop import fit
 
 
 def unimatch_step(

@@ -8,48 +8,37 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 
 from dataset.cache import ImageCache
 from dataset.files import (
     IGNORE_INDEX,
     RowsNeeded,
-    Sample,
     decode_image,
-    image_pixel_limit,
-    limit_image_pixels,
     map_label,
     read_indices,
     size_fault,
 )
-from dataset.replace import ReplacingLoader
+from dataset.lists import Sample
+from dataset.resize import picture_size
 from dataset.transform import (
     Box,
     Extent,
     Geometry,
     Photometry,
     apply_photometry,
-    apply_photometry_tensor,
-    box_mask,
     crop_pixels,
     draw_cutmix_box,
     draw_geometry,
     draw_photometry,
-    normalize,
-    padding_mask,
-    picture_size,
     rows_needed,
     to_tensor,
     visible_extent,
@@ -74,53 +63,6 @@ class UnlabeledViews(NamedTuple):
     box1: torch.Tensor | None
     box2: torch.Tensor | None
     used: torch.Tensor | None = None
-
-
-class PackedViews(NamedTuple):
-    """What workers send of B unlabelled samples: 8-bit pixels, and numbers instead of maps. S = crop size.
-
-    Two tensors in all, since each takes a message and a file of shared memory: pixels (N, S, S, 3), one kind of view
-    after the other, and numbers, int64. `photometry` has the draws of each sample's strong views, of its own and of
-    its partner's, where these views are made on the device; else it is empty.
-    """
-
-    pixels: torch.Tensor
-    numbers: torch.Tensor
-    count: int  # B
-    views: int  # V, strong views of a sample
-    photometry: tuple[Any, ...]
-
-    @property
-    def weak(self) -> torch.Tensor:
-        """(B, S, S, 3)."""
-        return self.pixels[: self.count]
-
-    @property
-    def strong(self) -> tuple[torch.Tensor, ...]:
-        """V times (B, S, S, 3), the partner's pixels inside its box; none with `photometry`."""
-        views = 0 if self.photometry else self.views
-        return tuple(self.pixels[self.count * view : self.count * (view + 1)] for view in range(1, 1 + views))
-
-    @property
-    def partner(self) -> torch.Tensor:
-        """(U, S, S, 3), weak views of the partners of the U samples that have a CutMix box."""
-        return self.pixels[len(self.pixels) - len(self.used) :]
-
-    @property
-    def extent(self) -> torch.Tensor:
-        """(B, 2, 3), the numbers of Extent for view and partner."""
-        return self.numbers[: 6 * self.count].view(self.count, 2, 3)
-
-    @property
-    def boxes(self) -> torch.Tensor:
-        """(B, V, 4), those of Box, 0 without one."""
-        start, length = 6 * self.count, 4 * self.views * self.count
-        return self.numbers[start : start + length].view(self.count, self.views, 4)
-
-    @property
-    def used(self) -> torch.Tensor:
-        """(U,), which of the samples have a CutMix box."""
-        return self.numbers[(6 + 4 * self.views) * self.count :]
 
 
 class Key(NamedTuple):
@@ -334,139 +276,3 @@ class ValDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, label = load_sample(self.samples[index], self.data_root, self.label_map, self.cache)
         return to_tensor(image), to_tensor(label)
-
-
-class LoaderOptions(NamedTuple):
-    """How a DataLoader works: processes, batches that each has ready, whether they outlive an epoch, pinned memory."""
-
-    workers: int = 0
-    prefetch: int = 2
-    persistent: bool = True
-    pin_memory: bool = False
-
-    def build(self, dataset: Dataset, kind: type[DataLoader] = DataLoader, **arguments: Any) -> DataLoader:
-        """A DataLoader of `dataset` that works so."""
-        if self.workers:  # torch refuses these for a loader that works in the training process
-            arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent}
-        start = partial(_start_worker, image_pixel_limit())
-        return kind(dataset, num_workers=self.workers, pin_memory=self.pin_memory, worker_init_fn=start, **arguments)
-
-
-def _start_worker(max_image_pixels: int, _: int) -> None:
-    """A loading process takes over the limit of image sizes, not being a copy of its parent everywhere."""
-    limit_image_pixels(max_image_pixels)
-    outlive_signals()
-    sys.excepthook = _tell_unless_orphaned
-
-
-def _tell_unless_orphaned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The thread that hands tensors over tells its errors here: nothing of a parent that was killed meanwhile."""
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
-
-
-def train_loader(
-    dataset: TrainDataset, sampler: EpochSampler, options: LoaderOptions, skip_bad: bool = False
-) -> DataLoader:
-    """Batches of `dataset` in the sampler's order; set the epoch on `loader.sampler`.
-
-    An unreadable image raises DataError or, with `skip_bad`, another sample takes its place (see dataset.replace).
-    """
-    kind = ReplacingLoader if skip_bad else DataLoader
-    batches = {"batch_size": sampler.batch_size, "sampler": sampler, "drop_last": True}
-    return options.build(dataset, kind, collate_fn=collate, **batches)
-
-
-def val_loader(
-    samples: Sequence[Sample],
-    data_root: str | Path,
-    options: LoaderOptions,
-    rank: int = 0,
-    processes: int = 1,
-    label_map: Mapping[int, int] | None = None,
-    cache: ImageCache | None = None,
-) -> DataLoader:
-    """One validation image at a time; each image goes to exactly one process, so shares may differ by one image."""
-    return options.build(ValDataset(samples[rank::processes], data_root, label_map, cache), batch_size=1)
-
-
-def outlive_signals() -> None:
-    """Keep a loading process at work while its parent, which got the same signal, finishes its step and saves.
-
-    Ctrl-C, Slurm and torchrun signal all processes of a run, loading ones too.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # The interpreter's end and DataLoader may end a loading process by SIGTERM and wait for it: it ends, but later.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-
-
-def default_workers(processes: int) -> int:
-    """A fair share of this machine's usable cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // processes))
-
-
-def collate(samples: Sequence[Any]) -> Any:
-    """A batch of samples: stacked tensors and, of unlabelled samples, PackedViews."""
-    if isinstance(samples[0][1], torch.Tensor):
-        return default_collate(samples)
-    labeled, unlabeled = zip(*samples, strict=True)
-    used = [index for index, sample in enumerate(unlabeled) if sample.partner is not None]
-    pixels = [sample.weak for sample in unlabeled]
-    pixels += [view for views in zip(*(sample.strong for sample in unlabeled), strict=True) for view in views]
-    pixels += [unlabeled[index].partner for index in used]
-    extents = [number for sample in unlabeled for extent in sample.extent for number in extent]
-    boxes = [number for sample in unlabeled for box in sample.boxes for number in box or (0, 0, 0, 0)]
-    return default_collate(labeled), PackedViews(
-        default_collate(pixels),
-        torch.tensor([*extents, *boxes, *used], dtype=torch.int64),
-        len(unlabeled),
-        len(unlabeled[0].boxes),
-        tuple(sample.photometry for sample in unlabeled if sample.photometry),
-    )
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A collated batch as a step takes it: images normalised floats, labels int64, on `device`. Copies do not block."""
-    first, second = batch
-    if isinstance(second, PackedViews):
-        return to_device(first, device), *_unpack(second, device)
-    return _images(first.to(device, non_blocking=True)), second.to(device, non_blocking=True).long()
-
-
-def _unpack(packed: PackedViews, device: torch.device) -> tuple[UnlabeledViews, UnlabeledViews]:
-    """The views and those of their CutMix partners, whose strong views are the same: they have been pasted already."""
-    moved = packed._replace(
-        pixels=packed.pixels.to(device, non_blocking=True), numbers=packed.numbers.to(device, non_blocking=True)
-    )
-    size = packed.pixels.shape[1]
-    boxes = [box_mask(box, size) for box in moved.boxes.unbind(1)]
-    strong = [_images(view) for view in moved.strong or _strong_views(moved, boxes)]
-    strong, boxes = (*strong, None)[:2], (*boxes, None)[:2]
-    ignore_mask, ignore_mask_mix = (padding_mask(extent, size) for extent in moved.extent.unbind(1))
-    return (
-        UnlabeledViews(_images(moved.weak), *strong, ignore_mask, *boxes),
-        UnlabeledViews(_images(moved.partner), *strong, ignore_mask_mix, None, None, moved.used),
-    )
-
-
-def _strong_views(packed: PackedViews, boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The strong views, with the partner's inside the boxes, made where the weak ones are."""
-    own, partner = packed.weak.permute(0, 3, 1, 2), packed.partner.permute(0, 3, 1, 2)
-    used = [index for index, (_, mix) in enumerate(packed.photometry) if mix[0] is not None]
-    views = []
-    for view, box in enumerate(boxes):
-        strong = torch.stack(
-            [apply_photometry_tensor(x, draws[0][view]) for x, draws in zip(own, packed.photometry, strict=True)]
-        )
-        for x, index in zip(partner, used, strict=True):
-            mix = apply_photometry_tensor(x, packed.photometry[index][1][view])
-            strong[index] = torch.where(box[index], mix, strong[index])
-        views.append(strong.permute(0, 2, 3, 1))
-    return views
-
-
-def _images(pixels: torch.Tensor) -> torch.Tensor:
-    """Normalised (B, 3, H, W) of 8-bit (B, H, W, 3)."""
-    return normalize(pixels.permute(0, 3, 1, 2))

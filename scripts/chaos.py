@@ -32,11 +32,12 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dataset.toy import CLASSES, scene
+from dataset.prepare.toy import CLASSES, scene
 from model import read_checkpoint
 from util.checkpoint import LATEST, LOG_FILE, MIDWAY
-from util.cli import EXIT_SIGNAL, EXIT_USER_ERROR, run_main
-from util.config import PROJECT_ROOT, ConfigError
+from util.cli import run_main
+from util.config import PROJECT_ROOT
+from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, ConfigError
 
 IMAGES = {"labeled": 4, "unlabeled": 10, "val": 2}
 EPOCHS = 3

@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.files import IGNORE_INDEX, limit_image_pixels, read_list
-from dataset.inspection import ERROR, LEVELS, WARNING, Inspection, inspect_lists
-from dataset.semi import default_workers
+from dataset.files import IGNORE_INDEX, limit_image_pixels
+from dataset.lists import read_list
+from dataset.loader import default_workers
+from dataset.prepare.audit import ERROR, LEVELS, WARNING, Inspection, inspect_lists
 from util.cli import add_common_arguments, run_main
-from util.config import ConfigError, load_config, resolve_path
+from util.config import load_config, resolve_path
+from util.errors import ConfigError
 from util.run import list_unlabeled
 from util.visualize import percent, share_chart
 

@@ -146,7 +146,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: not a safetensors file, or an incomplete one ({type(error).__name__})") from None
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
     """All names, training counters summed up."""
     counters = [name for name in names if name.endswith("num_batches_tracked")]
     shown = [name for name in names if name not in set(counters)]
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     read_pretrained(backbone, args.name, output.absolute())
 
     print(f"{output}: {len(state)} tensors from {source}")
-    print(f"left out: {_shown(left_out)}")
+    print(f"left out: {shown(left_out)}")
     print(f"SHA-256: {hashlib.sha256(output.read_bytes()).hexdigest()}")
     if "stem.0.conv.weight" in weights:
         print("c1 equals timm's but near the border (BatchNorm eps and normalisation are folded in). c4 differs:")

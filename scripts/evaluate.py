@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dataset.files import check_samples, limit_image_pixels, read_list
-from dataset.semi import val_loader
+from dataset.check import check_samples
+from dataset.files import limit_image_pixels
+from dataset.lists import read_list
+from dataset.loader import val_loader
 from model import build_model, load_checkpoint_state, read_checkpoint
 from util.cli import add_common_arguments, run_main
 from util.config import EVAL_MODES, load_config, resolve_path
-from util.distributed import choose_device, find_processes, process_group
+from util.distributed.group import process_group
+from util.distributed.launch import choose_device, find_processes
 from util.evaluate import evaluate
 from util.metrics import iou_table
 from util.precision import check_precision, evaluation_copy, set_precision

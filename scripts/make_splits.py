@@ -21,9 +21,12 @@ import yaml
 from tqdm import tqdm
 
 from dataset import DataError
-from dataset.files import IGNORE_INDEX, Sample, images_in, map_label, mask_hint, read_label
+from dataset.check import mask_hint
+from dataset.files import IGNORE_INDEX, map_label, read_label
+from dataset.lists import Sample, images_in
 from util.cli import run_main
-from util.config import ConfigError, parse_label_map, resolve_path
+from util.config import parse_label_map, resolve_path
+from util.errors import ConfigError
 
 LISTS = ("train.txt", "labeled.txt", "val.txt")
 

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from dataset import DataError
-from dataset.files import read_image, read_label, read_list
-from dataset.toy import NUM_LABELED, NUM_UNLABELED, NUM_VAL, PALETTE, make_toy
+from dataset.files import read_image, read_label
+from dataset.lists import read_list
+from dataset.prepare.toy import NUM_LABELED, NUM_UNLABELED, NUM_VAL, PALETTE, make_toy
 from util.cli import run_main
 from util.config import resolve_path
 from util.visualize import colorize, panel

@@ -18,21 +18,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import DataError
-from dataset.files import (
-    IMAGE_SUFFIXES,
-    images_in,
-    is_inside,
-    limit_image_pixels,
-    map_label,
-    read_image,
-    read_label,
-    read_list,
-)
+from dataset.files import limit_image_pixels, map_label, read_image, read_label
+from dataset.lists import IMAGE_SUFFIXES, images_in, is_inside, read_list
 from dataset.transform import normalize
 from model import build_model, load_checkpoint_state, read_checkpoint
 from util.cli import add_common_arguments, run_main
-from util.config import Config, ConfigError, load_config, resolve_path
-from util.distributed import choose_device, find_processes
+from util.config import Config, load_config, resolve_path
+from util.distributed.launch import choose_device, find_processes
+from util.errors import ConfigError
 from util.evaluate import predict
 from util.precision import check_precision, evaluation_copy, set_precision
 from util.visualize import colorize, panel

@@ -32,12 +32,14 @@ from tqdm import tqdm
 
 from dataset import DataError
 from dataset.catalog import CATALOG, RGB
-from dataset.files import Sample, check_samples, read_list
-from dataset.official import RECIPES, CocoImage, Recipe, Rule, read_instances, require
-from dataset.semi import default_workers
-from dataset.sources import Member, find_sources, members, new_file, remove_leftovers
+from dataset.check import check_samples
+from dataset.lists import Sample, read_list
+from dataset.loader import default_workers
+from dataset.prepare.archives import Member, find_sources, members, new_file, remove_leftovers
+from dataset.prepare.downloads import RECIPES, CocoImage, Recipe, Rule, read_instances, require
 from util.cli import run_main
-from util.config import ConfigError, resolve_path
+from util.config import resolve_path
+from util.errors import ConfigError
 from util.visualize import colorize
 
 LABEL_BYTES = 16 * 1024  # of a label that is made: on average it takes less

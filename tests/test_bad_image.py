@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 import unimatch
 from dataset import DataError
-from dataset.files import read_list
-from dataset.replace import TRIES
-from dataset.semi import EpochSampler, Key, LoaderOptions, TrainDataset, train_loader
+from dataset.lists import read_list
+from dataset.loader import TRIES, LoaderOptions, train_loader
+from dataset.semi import EpochSampler, Key, TrainDataset
 from tests.helpers import TinyData, make_dataset, run_script
 from util.cli import run_main
-from util.guard import BadImages
 from util.log import RunLog
+from util.train.bad_images import BadImages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from dataset import DataError
-from dataset.files import limit_image_pixels, read_image, read_list
-from dataset.semi import LoaderOptions, val_loader
+from dataset.files import limit_image_pixels, read_image
+from dataset.lists import read_list
+from dataset.loader import LoaderOptions, val_loader
 from scripts.predict import find_images
 from tests.helpers import PROJECT_ROOT, make_dataset, run_script
-from util.cli import EXIT_USER_ERROR, parse_args, run_main
+from util.cli import parse_args, run_main
 from util.config import load_config
+from util.errors import EXIT_USER_ERROR
 
 
 @pytest.fixture

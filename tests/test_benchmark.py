@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from scripts import benchmark
+from scripts.benchmark import __main__ as benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 import dataset.cache
 from dataset.cache import ImageCache, open_cache, remove_unused
 from dataset.errors import DataError
-from dataset.files import Sample, read_label, read_pixels
-from dataset.semi import EpochSampler, LoaderOptions, TrainDataset, ValDataset, train_loader
+from dataset.files import read_label, read_pixels
+from dataset.lists import Sample
+from dataset.loader import LoaderOptions, train_loader
+from dataset.semi import EpochSampler, TrainDataset, ValDataset
 from tests.helpers import PROJECT_ROOT
 
 COUNT, WIDTH, HEIGHT = 6, 50, 40

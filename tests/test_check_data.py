@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DataError, inspection
-from dataset.files import Sample, check_samples, read_image, read_list
-from dataset.inspection import inspect_lists, jpeg_complaint
+from dataset import DataError
+from dataset.check import check_samples
+from dataset.files import read_image
+from dataset.lists import Sample, read_list
+from dataset.prepare import audit as inspection
+from dataset.prepare.audit import inspect_lists, jpeg_complaint
 from scripts import check_data
 from tests.helpers import make_dataset, run_script
 from util.cli import parse_args
-from util.config import ConfigError
+from util.errors import ConfigError
 from util.run import open_run
 from util.visualize import percent, share_chart
 

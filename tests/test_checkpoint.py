@@ -13,7 +13,6 @@ import torch
 from tests.helpers import PROJECT_ROOT, run_script
 from util import checkpoint
 from util.checkpoint import (
-    CheckpointError,
     copy_checkpoint,
     find_checkpoint,
     load_optimizer,
@@ -23,6 +22,7 @@ from util.checkpoint import (
     tidy,
 )
 from util.config import Config, to_dict
+from util.errors import CheckpointError
 
 
 def _state(value: float, numel: int = 10) -> dict[str, object]:

@@ -12,7 +12,7 @@ from torch import nn
 from model import build_model
 from tests.test_steps import _batch
 from unimatch import unimatch_step
-from util.distributed import distribute
+from util.distributed.ddp import distribute
 from util.losses import CrossEntropy
 
 

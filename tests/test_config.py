@@ -12,14 +12,14 @@ from util.config import (
     NOT_SHAPING,
     PROJECT_ROOT,
     Config,
-    ConfigError,
-    Criterion,
     check_batch,
     differing_keys,
     load_config,
     resolve_path,
     to_dict,
 )
+from util.convert import Criterion
+from util.errors import ConfigError
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 BASE = {

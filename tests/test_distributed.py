@@ -21,8 +21,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from dataset import DataError
-from dataset.files import read_list
-from dataset.semi import LoaderOptions, UnlabeledViews, val_loader
+from dataset.lists import read_list
+from dataset.loader import LoaderOptions, val_loader
+from dataset.semi import UnlabeledViews
 from fixmatch import fixmatch_step
 from model.backbone.resnet import BasicBlock, ResNet
 from model.semseg.deeplabv3plus import DeepLabV3Plus
@@ -30,26 +31,18 @@ from supervised import supervised_step
 from tests.helpers import make_dataset
 from tests.reference import formulas
 from unimatch import unimatch_step
-from util import faults
-from util.cli import TrainingStopped, run_main
-from util.config import ConfigError
-from util.distributed import (
-    Agreement,
-    Processes,
-    SyncBatchNormCPU,
-    all_reduce_sum,
-    choose_device,
-    distribute,
-    find_processes,
-    port_is_free,
-    process_count,
-    process_group,
-    unwrap,
-)
-from util.engine import StepMetrics
+from util.cli import run_main
+from util.distributed import watchdog as faults
+from util.distributed.batchnorm import SyncBatchNormCPU
+from util.distributed.collectives import Agreement, all_reduce_sum, process_count
+from util.distributed.ddp import distribute, unwrap
+from util.distributed.group import process_group
+from util.distributed.launch import Processes, choose_device, find_processes, port_is_free
+from util.errors import ConfigError, TrainingStopped
 from util.evaluate import evaluate
 from util.losses import CrossEntropy
 from util.schedule import build_optimizer
+from util.train.step_metrics import StepMetrics
 
 CPU = torch.device("cpu")
 NCLASS, SIZE, IMAGES = 5, 33, 4

@@ -15,11 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import supervised
 from tests.helpers import TinyData, make_dataset, run_script
-from util import engine
-from util.checkpoint import CheckpointError
-from util.cli import EXIT_STOPPED, TrainingStopped, run_main
-from util.engine import StepMetrics, step_seed
+from util.cli import run_main
+from util.errors import EXIT_STOPPED, SavePathError, TrainingStopped
 from util.log import RunLog
+from util.train import clock
+from util.train.loop import step_seed
+from util.train.step_metrics import StepMetrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,15 +80,15 @@ def test_every_step_of_every_process_has_a_seed_of_its_own():
 
 def test_speed_waiting_and_time_left_follow_from_the_clock(monkeypatch):
     now = iter(float(second) for second in itertools.count())  # every look at the clock takes a second
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(now))
-    clock = engine._Clock(steps=4, epochs=3, first_epoch=1)  # at 0
-    batches = clock.waits("abcd")
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    timer = clock.Clock(steps=4, epochs=3, first_epoch=1)  # at 0
+    batches = timer.waits("abcd")
     assert [next(batches), next(batches)] == ["a", "b"]  # 1 to 2 and 3 to 4
     # At 5: 6 of 12 iterations are done, 2 of them in these 5 s, of which 2 were waiting; 6 are left at 2.5 s each.
-    assert clock.lap(6, images=10) == "4.0 images/s  data 40%  ETA 0:00:15"
+    assert timer.lap(6, images=10) == "4.0 images/s  data 40%  ETA 0:00:15"
     assert list(batches) == ["c", "d"]  # 6 to 7, 8 to 9, and a last look at 10
     # At 11: 2 iterations in 6 s; 4 are left at 11 / 4 s each.
-    assert clock.lap(8, images=10) == "3.3 images/s  data 33%  ETA 0:00:11"
+    assert timer.lap(8, images=10) == "3.3 images/s  data 33%  ETA 0:00:11"
 
 
 class _Terminal(io.StringIO):
@@ -154,7 +155,7 @@ def test_a_full_disk_is_one_line_for_the_log_and_the_curves_too(tmp_path, write)
     """A limit on the size of files stands in for it."""
     name = "train.log" if write == "info" else "TensorBoard's file"
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(CheckpointError) as caught, RunLog(tmp_path, active=True) as log:
+    with pytest.raises(SavePathError) as caught, RunLog(tmp_path, active=True) as log:
         log.scalars({"loss": 1.0}, 0)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.transform import normalize
 from model import build_model
+from scripts.benchmark import naive as naive
 from tests.reference import formulas
 from tests.reference.weights import reference_state
-from util import straightforward
 from util.evaluate import center_crop, evaluate, predict, sliding_window
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
@@ -221,9 +221,9 @@ def test_iou_and_miou_follow_from_the_counts_over_the_whole_set():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_evaluation_equals_the_straightforward_one(mode):
+def test_evaluation_equals_the_naive_one(mode):
     model, samples = _WindowModel().eval(), _samples(4, ((20, 31), (9, 14)))
-    expected = straightforward.evaluate(model, samples, mode, 12, 4)
+    expected = naive.evaluate(model, samples, mode, 12, 4)
     assert torch.equal(evaluate(model, samples, mode, 12, 4, "cpu").iou, expected)
 
 

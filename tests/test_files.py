@@ -7,15 +7,9 @@ import pytest
 from PIL import Image
 
 from dataset import DataError
-from dataset.files import (
-    Sample,
-    check_samples,
-    find_unlabeled,
-    list_digest,
-    read_image,
-    read_label,
-    read_list,
-)
+from dataset.check import check_samples
+from dataset.files import read_image, read_label
+from dataset.lists import Sample, find_unlabeled, list_digest, read_list
 
 WIDTH, HEIGHT = 24, 20
 
@@ -359,7 +353,7 @@ def test_whole_images_are_not_decoded(tmp_path, monkeypatch, suffix, kind):
     def decode(path):
         raise AssertionError(f"{path} was decoded")
 
-    monkeypatch.setattr("dataset.files.read_image", decode)
+    monkeypatch.setattr("dataset.check.read_image", decode)
     check_samples([Sample(path.name, None)], tmp_path, 3)
     path.write_bytes(whole + b"\0" * 30)
     check_samples([Sample(path.name, None)], tmp_path, 3)

@@ -23,23 +23,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset import DataError
-from dataset.files import (
-    Sample,
-    check_samples,
-    find_unlabeled,
-    limit_image_pixels,
-    read_image,
-    read_label,
-    read_list,
-    read_pixels,
-)
+from dataset.check import check_samples
+from dataset.files import limit_image_pixels, read_image, read_label, read_pixels
+from dataset.lists import Sample, find_unlabeled, read_list
 from model import WeightsError, build_model, load_checkpoint_state, read_checkpoint
 from model.backbone import create_backbone
 from model.weights import read_pretrained
 from tests.helpers import PROJECT_ROOT
-from util.checkpoint import CheckpointError, find_checkpoint, load_optimizer
-from util.cli import error_line
-from util.config import Config, ConfigError, load_config, to_dict
+from util.checkpoint import find_checkpoint, load_optimizer
+from util.config import Config, load_config, to_dict
+from util.errors import CheckpointError, ConfigError, error_line
 from util.schedule import build_optimizer
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}

@@ -8,12 +8,15 @@ import torch
 from PIL import Image
 
 from dataset import DataError
-from dataset.files import Sample, check_samples, map_label, read_list
+from dataset.check import check_samples
+from dataset.files import map_label
+from dataset.lists import Sample, read_list
 from dataset.semi import Key, TrainDataset, ValDataset
 from model import build_model
 from scripts import evaluate, predict
 from tests.helpers import make_dataset, run_script
-from util.config import Config, ConfigError, differing_keys, load_config, parse_label_map, to_dict
+from util.config import Config, differing_keys, load_config, parse_label_map, to_dict
+from util.errors import ConfigError
 
 MAP = {0: 0, 100: 1, 200: 2, 7: 255}
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers import PROJECT_ROOT
 from util import lock
-from util.checkpoint import CheckpointError
+from util.errors import SavePathError
 from util.lock import LOCK_FILE, locked
 
 HOLDER = """
@@ -41,7 +41,7 @@ def holder(tmp_path):
 
 
 def _refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as caught, locked(path):
+    with pytest.raises(SavePathError) as caught, locked(path):
         pass
     return str(caught.value)
 

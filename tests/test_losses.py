@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scripts.benchmark import naive as naive
 from tests.reference import formulas
-from util import losses, straightforward
-from util.config import Criterion
+from util import losses
+from util.convert import Criterion
 from util.losses import CrossEntropy, OhemCrossEntropy, build_criterion, kth_smallest, pixel_cross_entropy
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
@@ -169,7 +170,7 @@ def test_what_devices_and_the_compiler_compute_keeps_the_same_pixels_as_a_sort(m
     for free in (True, False):  # on a device no branch looks at values
         monkeypatch.setattr(losses, "_reading_is_free", lambda _, free=free: free)
         results.append(OhemCrossEntropy(255, thresh, min_kept)(logits, label))
-    expected, kept = straightforward.ohem(logits, label, thresh, min_kept)
+    expected, kept = naive.ohem(logits, label, thresh, min_kept)
     results[1].backward()
     assert _kept(logits) == set(kept.flatten().nonzero().flatten().tolist())
     assert torch.equal(*results) and results[0].item() == pytest.approx(expected.item(), rel=1e-12)

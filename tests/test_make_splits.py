@@ -10,12 +10,14 @@ import yaml
 from PIL import Image
 
 from dataset import DataError
-from dataset.files import check_samples, find_unlabeled, read_list
+from dataset.check import check_samples
+from dataset.lists import find_unlabeled, read_list
 from scripts import make_splits
 from scripts.make_splits import config_snippet, draw, list_line, parse_share
 from tests.helpers import run_script
 from util.cli import run_main
-from util.config import ConfigError, load_config
+from util.config import load_config
+from util.errors import ConfigError
 
 SIZE = (24, 20)
 

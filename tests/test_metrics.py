@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from util import straightforward
+from scripts.benchmark import naive as naive
 from util.metrics import confusion_matrix, iou_per_class, iou_table, mean_iou
 
 
@@ -39,7 +39,7 @@ def test_the_confusion_matrix_equals_a_loop_over_pixels(nclass, label_dtype):
 def test_the_confusion_matrix_has_the_sums_of_three_histograms():
     prediction, label = _random(4, 7)
     confusion = confusion_matrix(prediction, label, 7)
-    hits, predicted, true = straightforward.histograms(prediction.numpy(), label.numpy(), 7)
+    hits, predicted, true = naive.histograms(prediction.numpy(), label.numpy(), 7)
     assert confusion.diagonal().tolist() == hits.tolist()
     assert (confusion.sum(0).tolist(), confusion.sum(1).tolist()) == (predicted.tolist(), true.tolist())
 

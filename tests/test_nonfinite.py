@@ -12,10 +12,11 @@ from torch import nn
 
 import unimatch
 from tests.helpers import TinyData, make_dataset, run_script
-from util.cli import EXIT_STOPPED, TrainingStopped, run_main
-from util.engine import StepMetrics
-from util.guard import NonFiniteGuard
+from util.cli import run_main
+from util.errors import EXIT_STOPPED, TrainingStopped
 from util.log import RunLog
+from util.train.nonfinite import NonFiniteGuard
+from util.train.step_metrics import StepMetrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from tests.helpers import make_dataset
 from tests.test_steps import _batch
 from unimatch import unimatch_step
 from util.cli import parse_args
-from util.config import ConfigError
+from util.errors import ConfigError
 from util.losses import CrossEntropy, OhemCrossEntropy, pixel_cross_entropy
 from util.precision import build_scaler, check_precision, describe_precision, evaluation_copy, set_precision
 from util.run import open_run

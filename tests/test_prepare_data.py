@@ -25,8 +25,16 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.catalog import CATALOG
-from dataset.official import RECIPES, CocoImage, CocoObject, cityscapes_label, coco_label, read_instances, sbd_label
-from dataset.sources import find_sources, members, new_file
+from dataset.prepare.archives import find_sources, members, new_file
+from dataset.prepare.downloads import (
+    RECIPES,
+    CocoImage,
+    CocoObject,
+    cityscapes_label,
+    coco_label,
+    read_instances,
+    sbd_label,
+)
 from scripts import prepare_data
 from tests.helpers import PROJECT_ROOT
 from util.cli import run_main

@@ -19,26 +19,28 @@ import supervised
 import unimatch
 from dataset.semi import TrainDataset
 from tests.helpers import PROJECT_ROOT, TinyData, make_dataset, run_script
-from util import checkpoint, engine, evaluate
-from util.cli import EXIT_SIGNAL, EXIT_USER_ERROR, run_main
+from util import checkpoint, evaluate
+from util.cli import run_main
+from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, Interrupted
 from util.schedule import poly_lr
-from util.signals import Interrupted, StopSignals
+from util.signals import StopSignals
+from util.train import loop
 
 # Two epochs of three iterations.
 KILLED_IN_THE_SECOND_EPOCH = """
 import os, signal
 import unimatch
-from util import engine
+from util.train import loop
 from util.cli import run_main
 
-set_poly_lr = engine.set_poly_lr
+set_poly_lr = loop.set_poly_lr
 
 def killed_at_iteration_4(optimizer, iteration, total):
     if iteration == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     set_poly_lr(optimizer, iteration, total)
 
-engine.set_poly_lr = killed_at_iteration_4
+loop.set_poly_lr = killed_at_iteration_4
 run_main(unimatch.main)
 """
 
@@ -218,14 +220,14 @@ def unread(data: TinyData) -> Iterator[tuple[list[str], Path]]:
 
 def _signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> None:
     """Send this process a signal at the start of a step."""
-    set_poly_lr = engine.set_poly_lr
+    set_poly_lr = loop.set_poly_lr
 
     def hit(optimizer, step, total):
         if step == iteration:
             os.kill(os.getpid(), number)
         set_poly_lr(optimizer, step, total)
 
-    monkeypatch.setattr(engine, "set_poly_lr", hit)
+    monkeypatch.setattr(loop, "set_poly_lr", hit)
 
 
 def _losses(path: Path) -> dict[str, str]:

@@ -15,21 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dataset.semi
-from dataset.files import Sample, read_label, read_pixels
-from dataset.semi import (
-    EpochSampler,
-    Key,
-    LoaderOptions,
-    TrainDataset,
-    collate,
-    default_workers,
-    stream,
-    to_device,
-    train_loader,
-    val_loader,
-)
-from dataset.straightforward import StraightforwardDataset, collate_straightforward
+from dataset.files import read_label, read_pixels
+from dataset.lists import Sample
+from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
+from dataset.packing import collate, to_device
+from dataset.semi import EpochSampler, Key, TrainDataset, stream
 from dataset.transform import IMAGENET_STD, normalize, to_tensor
+from scripts.benchmark.naive_data import NaiveDataset, collate_naive
 from tests.reference import formulas
 from util.semi import cutmix
 
@@ -197,10 +189,10 @@ def test_a_sample_has_the_promised_shapes_and_types(root):
 
 @pytest.mark.parametrize("strong_views", [1, 2])
 @pytest.mark.parametrize("partner", ["same_image", "other_image"])
-def test_a_step_sees_what_the_straightforward_way_gives_it(root, strong_views, partner):
+def test_a_step_sees_what_the_naive_way_gives_it(root, strong_views, partner):
     """To the last bit, at 20 batches: CutMix is applied to both, as the step does, since only its result is used."""
     fast = _dataset(root, strong_views)
-    slow = StraightforwardDataset(fast.labeled, fast.unlabeled, root, SIZE, fast.seed)
+    slow = NaiveDataset(fast.labeled, fast.unlabeled, root, SIZE, fast.seed)
     sampler = EpochSampler(LABELED, UNLABELED, 3, 0, partner=partner)
     boxes = 0
     for epoch in range(10):
@@ -209,7 +201,7 @@ def test_a_step_sees_what_the_straightforward_way_gives_it(root, strong_views, p
         for start in range(0, len(keys), 3):
             batch = keys[start : start + 3]
             labeled, u, u_mix = to_device(collate([fast[key] for key in batch]), torch.device("cpu"))
-            slow_labeled, slow_u, slow_mix = collate_straightforward([slow[key] for key in batch])
+            slow_labeled, slow_u, slow_mix = collate_naive([slow[key] for key in batch])
             assert _equal(labeled, slow_labeled) and torch.equal(u.weak, slow_u.weak)
             assert torch.equal(u.ignore_mask.long(), slow_u.ignore_mask)
             boxed = torch.zeros(3, dtype=torch.bool)

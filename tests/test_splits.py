@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dataset.catalog import CATALOG
-from dataset.files import find_unlabeled, read_list
+from dataset.lists import find_unlabeled, read_list
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ROOT / "splits"

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dataset.semi import UnlabeledViews
 from fixmatch import fixmatch_step
 from model import build_model
+from scripts.benchmark import naive as naive
 from supervised import supervised_step
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state
 from unimatch import unimatch_step
-from util import straightforward
-from util.config import Criterion
+from util.convert import Criterion
 from util.losses import build_criterion
 from util.schedule import build_optimizer, set_poly_lr
 
@@ -119,7 +119,7 @@ def test_gradients_of_the_parts_equal_those_of_the_whole_loss(method):
         torch.testing.assert_close(in_parts, in_one, rtol=1e-10, atol=1e-14)
 
 
-def test_a_unimatch_step_equals_the_straightforward_one():
+def test_a_unimatch_step_equals_the_naive_one():
     def step(function, *args) -> tuple[float, list[torch.Tensor]]:
         torch.manual_seed(0)
         model = _model("resnet18").double()
@@ -130,7 +130,7 @@ def test_a_unimatch_step_equals_the_straightforward_one():
 
     criterion = build_criterion(SimpleNamespace(criterion=Criterion()))
     loss, gradients = step(unimatch_step, criterion, 0.3, torch.Tensor.backward)
-    expected, expected_gradients = step(straightforward.unimatch_step, straightforward.cross_entropy, 0.3)
+    expected, expected_gradients = step(naive.unimatch_step, naive.cross_entropy, 0.3)
     assert loss == pytest.approx(expected, rel=1e-12)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)

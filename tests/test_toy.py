@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dataset import DataError, toy
-from dataset.files import check_samples, read_image, read_label, read_list
-from dataset.toy import CLASSES, NUM_LABELED, NUM_UNLABELED, NUM_VAL, PALETTE, make_toy, scene
+from dataset import DataError
+from dataset.check import check_samples
+from dataset.files import read_image, read_label
+from dataset.lists import read_list
+from dataset.prepare import toy
+from dataset.prepare.toy import CLASSES, NUM_LABELED, NUM_UNLABELED, NUM_VAL, PALETTE, make_toy, scene
 from scripts import make_toy as make_toy_script
 from tests.helpers import PROJECT_ROOT
 from util.cli import run_main

@@ -16,12 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fixmatch
 import supervised
 import unimatch
-from dataset.files import read_list
-from dataset.semi import LoaderOptions, val_loader
+from dataset.lists import read_list
+from dataset.loader import LoaderOptions, val_loader
 from model import build_model
 from tests.helpers import TinyData, make_dataset, run_script
-from util.cli import EXIT_USER_ERROR, run_main
+from util.cli import run_main
 from util.config import load_config, to_dict
+from util.errors import EXIT_USER_ERROR
 from util.evaluate import evaluate
 from util.schedule import poly_lr
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import transforms as T
 
-from dataset.straightforward import resize_whole, whole_photometry
+from dataset.resize import resized_size
 from dataset.transform import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -29,11 +29,11 @@ from dataset.transform import (
     draw_photometry,
     normalize,
     padding_mask,
-    resized_size,
     rows_needed,
     to_tensor,
     visible_extent,
 )
+from scripts.benchmark.naive_data import resize_whole, whole_photometry
 from tests.reference import formulas
 from tests.reference.weights import check_summary
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from util.log import RunLog
-from util.update import Update
+from util.train.optimizer_step import Update
 
 
 def _update(tmp_path, amp: str, on_nonfinite: str = "stop") -> tuple[Update, nn.Module, list[str]]:

@@ -1,1 +1,1 @@
-"""What the methods share: configuration, processes, training engine, losses, evaluation, checkpoints, logs."""
+"""What the methods share: configuration, processes, training loop, losses, evaluation, checkpoints, logs."""

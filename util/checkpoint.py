@@ -21,6 +21,7 @@ import torch
 
 from model import read_checkpoint
 from util.config import Config, differing_keys
+from util.errors import CheckpointError
 
 LATEST, PREVIOUS, BEST, MIDWAY = "latest.pth", "previous.pth", "best.pth", "midway.pth"
 EPOCHS = "epoch-*.pth"
@@ -34,10 +35,6 @@ KINDS |= {"run": dict, "best_epoch": int, "last_miou": NUMBER}
 CHOICES = (
     "- set them back, choose another --save-path, or start anew with --resume never (it keeps earlier results aside)"
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, written or continued; the message is one line for the user."""
 
 
 @dataclass(frozen=True)

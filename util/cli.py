@@ -13,28 +13,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dataset import DataError
-from model import WeightsError
-from util.checkpoint import CheckpointError
-from util.config import ConfigError
-from util.signals import Interrupted
-
-EXIT_USER_ERROR = 2  # something to correct: the line on stderr says what
-EXIT_STOPPED = 3  # training stopped itself, for instance at a loss that is not finite
-EXIT_SIGNAL = 128  # plus the signal's number: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; training saves before
-
-USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError)
-
-
-EXIT_CONSEQUENCE = 1  # another process failed; the launchers look for another status first
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message is one line for the user."""
-
-
-class Silenced(Exception):
-    """This process ends for another one's fault, which that one tells; the message is the fault."""
+from util.errors import (
+    EXIT_CONSEQUENCE,
+    EXIT_SIGNAL,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    USER_ERRORS,
+    Interrupted,
+    Silenced,
+    TrainingStopped,
+    error_line,
+)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,13 +121,3 @@ def _end_loading_processes() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
-
-
-def error_line(error: Exception) -> str:
-    """The message in one line: an error out of a loading process comes wrapped in that process's traceback."""
-    lines = str(error).strip().splitlines()
-    # Elsewhere a line break can only come out of a name or value in the message.
-    line = lines[-1] if "Original Traceback" in str(error) else " ".join(lines)
-    for kind in USER_ERRORS:
-        line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-    return line

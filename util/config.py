@@ -6,72 +6,23 @@ A YAML file is a recipe; `--set key=value` changes a key of it. What is wrong is
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import sys
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dataset.catalog import CATALOG, voc_palette
 from model import BACKBONES
+from util.convert import Criterion, _convert, convert_label_map, one_line, plain_values, quoted, suggest, without_kwargs
+from util.errors import ConfigError
+from util.safe_yaml import MAX_YAML_BYTES, MAX_YAML_TEXT, parse_yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-CRITERIA = ("CELoss", "OHEM")
 EvalMode = Literal["original", "sliding_window", "center_crop"]
 EVAL_MODES = typing.get_args(EvalMode)
-
-
-class ConfigError(ValueError):
-    """A mistake in a config file or on the command line; the message is one line for the user."""
-
-
-class _RefusedYAML(yaml.MarkedYAMLError):
-    """YAML that a config does without."""
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which builds plain values only, without what can hide a mistake or do harm.
-
-    Refused are keys given twice (the last one would win, silently), aliases (`*name`; nested ones grow without end),
-    deep nesting and long texts (among which are numbers that take Python forever to write).
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise _RefusedYAML(None, None, "aliases (*name) are not accepted: repeat the value", event.start_mark)
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_TEXT:
-            problem = f"a text of {len(event.value)} characters, at most {MAX_YAML_TEXT} are accepted"
-            raise _RefusedYAML(None, None, problem, event.start_mark)
-        if self._depth == MAX_YAML_DEPTH:
-            problem = f"nested more than {MAX_YAML_DEPTH} levels deep"
-            raise _RefusedYAML(None, None, problem, event.start_mark)
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=True)
-        if len(mapping) < len(node.value):
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise _RefusedYAML(None, None, f"key {_shown(key)} is given twice", key_node.start_mark)
-                seen.add(key)
-        return mapping
 
 
 def _key(
@@ -83,15 +34,6 @@ def _key(
 ) -> Any:
     """A field with its documentation and, for numbers, its range; without a default the key is required."""
     return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above, "maximum": maximum})
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """The supervised loss: `CELoss`, or `OHEM` with its two numbers (see util.losses)."""
-
-    name: str = "CELoss"
-    thresh: float = 0.7
-    min_kept: int = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +139,9 @@ class Config:
         if classes is None and self.nclass is not None:
             classes = tuple(f"class {i}" for i in range(self.nclass))
         if classes is None:
-            near = _suggest(self.dataset, CATALOG)
+            near = suggest(self.dataset, CATALOG)
             raise ConfigError(
-                f"dataset {_shown(self.dataset)} is none of {', '.join(CATALOG)}{near}: list its `classes`"
+                f"dataset {quoted(self.dataset)} is none of {', '.join(CATALOG)}{near}: list its `classes`"
             )
         palette = self.palette
         if palette is None:
@@ -219,8 +161,6 @@ NOT_SHAPING = (
     # These change what happens at a fault only: a run that one has stopped may go on with the other answer to it.
     *("on_bad_image", "bad_image_limit", "on_nonfinite", "nonfinite_limit"),
 )
-# A config of a few kB is long. Beyond these it is no config, or one that is meant to keep the reader busy.
-MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_TEXT = 100_000, 10, 1000
 
 
 def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -237,7 +177,7 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     known = {f.name: f for f in fields(Config)}
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where[key]}: unknown key {_shown(str(key))}{_suggest(key, known)}")
+            raise ConfigError(f"{where[key]}: unknown key {quoted(str(key))}{suggest(key, known)}")
     for key, spec in known.items():
         if key not in values and spec.default is MISSING:
             raise ConfigError(f"{path}: key '{key}' is missing ({spec.metadata['doc']})")
@@ -260,9 +200,9 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
 
 def parse_label_map(text: str, source: str) -> dict[int, int] | None:
     """A `label_map` given as YAML text; raises ConfigError, which begins with `source`."""
-    value = _parse_yaml(text, source)
+    value = parse_yaml(text, source)
     try:
-        return _convert_label_map(value)
+        return convert_label_map(value)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -272,7 +212,7 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     plain = {key: value for key, value in asdict(cfg).items() if value is not None}
     if cfg.criterion.name != "OHEM":
         plain["criterion"] = cfg.criterion.name
-    return _plain(plain)
+    return plain_values(plain)
 
 
 def differing_keys(saved: Mapping[str, Any], cfg: Config) -> list[str]:
@@ -315,10 +255,10 @@ def _read_yaml(path: Path, shown: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such config file (the recipes are in configs/)") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown}: cannot be read: {_one_line(error)}") from None
-    values = _parse_yaml(text, shown)
+        raise ConfigError(f"{shown}: cannot be read: {one_line(error)}") from None
+    values = parse_yaml(text, shown)
     if not isinstance(values, dict):
-        raise ConfigError(f"{shown}: expected lines of `key: value`, found {_shown(values)}")
+        raise ConfigError(f"{shown}: expected lines of `key: value`, found {quoted(values)}")
     return values
 
 
@@ -331,20 +271,7 @@ def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[t
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{source}: expected key=value, such as --set epochs=20")
-        yield key.strip(), _parse_yaml(value, source), source
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    if len(text) > MAX_YAML_BYTES:
-        raise ConfigError(f"{source}: longer than {MAX_YAML_BYTES} characters, which no config is")
-    try:
-        return _PlainLoader(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{source}: not valid YAML: {place}{_one_line(error.problem or error.context)}") from None
-    except Exception as error:  # PyYAML builds values with whatever they raise: 2020-13-45 is a date, so a ValueError
-        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+        yield key.strip(), parse_yaml(value, source), source
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -359,19 +286,11 @@ def _assign(values: dict[str, Any], key: str, value: Any, source: str) -> None:
     if isinstance(nested, str):
         nested = {"name": nested}
     if not isinstance(nested, dict):
-        raise ConfigError(f"{source}: '{outer}' is {_shown(nested)} in the config file, which has no inner keys")
-    nested = _without_kwargs(nested)  # an override means the same number wherever it stands
+        raise ConfigError(f"{source}: '{outer}' is {quoted(nested)} in the config file, which has no inner keys")
+    nested = without_kwargs(nested)  # an override means the same number wherever it stands
     if inner == "name" and value != "OHEM":
         nested = {}
     values[outer] = {**nested, inner.removeprefix("kwargs."): value}
-
-
-def _without_kwargs(criterion: Mapping[str, Any]) -> dict[str, Any]:
-    """The criterion's mapping with its numbers side by side; the published files nest them under `kwargs`."""
-    kwargs = criterion.get("kwargs") or {}
-    if not isinstance(kwargs, dict):
-        return dict(criterion)
-    return {key: value for key, value in criterion.items() if key != "kwargs"} | kwargs
 
 
 def _check_rules(cfg: Config, given: Mapping[str, Any], where: typing.Callable[[str], str]) -> None:
@@ -381,11 +300,11 @@ def _check_rules(cfg: Config, given: Mapping[str, Any], where: typing.Callable[[
         raise ConfigError(f"{where(key)}: {key}: {message}")
 
     if not re.fullmatch(r"[\w.-]+", cfg.dataset):
-        fail("dataset", f"{_shown(cfg.dataset)} may have letters, digits, '_', '-' and '.' only: it names a folder")
+        fail("dataset", f"{quoted(cfg.dataset)} may have letters, digits, '_', '-' and '.' only: it names a folder")
     if cfg.backbone not in BACKBONES:
         fail(
             "backbone",
-            f"unknown backbone {_shown(cfg.backbone)}{_suggest(cfg.backbone, BACKBONES)}; "
+            f"unknown backbone {quoted(cfg.backbone)}{suggest(cfg.backbone, BACKBONES)}; "
             f"there are {', '.join(BACKBONES)}",
         )
     if cfg.backbone == "xception" and cfg.replace_stride_with_dilation != (False, False, True):
@@ -416,136 +335,3 @@ def _check_rules(cfg: Config, given: Mapping[str, Any], where: typing.Callable[[
         fail("palette", f"{len(cfg.palette)} colours for {cfg.nclass} classes")
     if any(not 0 <= value <= 255 for colour in cfg.palette for value in colour):
         fail("palette", "colours are [red, green, blue] with values from 0 to 255")
-
-
-def _convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
-    """`value`, as YAML gives it, as the field's type; numbers are checked against the field's range."""
-    if hint is Criterion:
-        return _convert_criterion(value)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{_shown(value)} is none of {', '.join(args)}{_suggest(str(value), args)}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kinds = [kind for kind in args if kind is not type(None)]
-        exact = [kind for kind in kinds if typing.get_origin(kind) is None and isinstance(value, kind)]
-        return _convert(value, (exact or kinds)[0], limits)
-    if origin is tuple:
-        return _convert_tuple(value, args, limits)
-    if origin is dict:
-        return _convert_label_map(value)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ConfigError(f"expected true or false, found {_shown(value)}")
-        return value
-    if hint is str:
-        if not isinstance(value, str) or not value:
-            raise ConfigError(f"expected text, found {_shown(value)}")
-        return value
-    return _convert_number(value, hint, limits)
-
-
-def _convert_tuple(value: Any, args: tuple[Any, ...], limits: Mapping[str, Any]) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"expected a list, found {_shown(value)}")
-    if args[-1] is not Ellipsis and len(value) != len(args):
-        raise ConfigError(f"expected {len(args)} values, found {_shown(value)}")
-    if args[0] is str:  # class names such as `1`, `yes` or `null` come out of YAML as something else
-        value = [item if isinstance(item, (str, list, dict)) else str(item) for item in value]
-    return tuple(_convert(item, args[0], limits) for item in value)
-
-
-def _convert_label_map(value: Any) -> dict[int, int] | None:
-    """{label value: class}, sorted, all within 0..255; an empty one is none."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"expected {{label value: class}} such as {{0: 0, 255: 1}}, found {_shown(value)}")
-    byte = {"minimum": 0, "maximum": 255}
-    classes: dict[int, int] = {}
-    for key, given in value.items():
-        entry = f"{_shown(key)}: {_shown(given)}"
-        if given is None:  # `{0:1}` is a key without a value to YAML
-            raise ConfigError(f"{entry}: no class is given (write a space after the colon, as in {{0: 0, 255: 1}})")
-        try:
-            number, index = _convert_number(key, int, byte), _convert_number(given, int, byte)
-        except ConfigError as error:
-            raise ConfigError(f"{entry}: {error}") from None
-        if number in classes:
-            raise ConfigError(f"{entry}: the label value {number} is named twice")
-        classes[number] = index
-    return dict(sorted(classes.items())) or None
-
-
-def _convert_number(value: Any, hint: type, limits: Mapping[str, Any]) -> Any:
-    kind = "a whole number" if hint is int else "a number"
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a dot, as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ConfigError(f"expected {kind}, found {_shown(value)}") from None
-    finite = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # False for NaN
-    if isinstance(value, bool) or not finite:
-        raise ConfigError(f"expected {kind}, found {_shown(value)}")
-    if hint is int and value != int(value):
-        raise ConfigError(f"expected {kind}, found {_shown(value)}")
-    value = hint(value)
-    above, minimum, maximum = (limits.get(key) for key in ("above", "minimum", "maximum"))
-    if above is not None and value <= above:
-        raise ConfigError(f"{value} must be greater than {above}")
-    if minimum is not None and value < minimum:
-        raise ConfigError(f"{value} must be at least {minimum}")
-    if maximum is not None and value > maximum:
-        raise ConfigError(f"{value} must be at most {maximum}")
-    return value
-
-
-def _convert_criterion(value: Any) -> Criterion:
-    """`CELoss`, `OHEM`, or a mapping with `name` and OHEM's numbers, flat or under `kwargs` as the release has them."""
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"expected CELoss or {{name: OHEM, thresh: 0.7, min_kept: 200000}}, found {_shown(value)}")
-    options = _without_kwargs(value)
-    name = options.pop("name")
-    if name not in CRITERIA:
-        raise ConfigError(
-            f"unknown criterion {_shown(name)}{_suggest(name, CRITERIA)}; there are {', '.join(CRITERIA)}"
-        )
-    if options.pop("ignore_index", 255) != 255:
-        raise ConfigError("ignore_index is 255 throughout; label_map maps other values to it")
-    allowed = ("thresh", "min_kept") if name == "OHEM" else ()
-    for key in options:
-        if key not in allowed:
-            raise ConfigError(f"{name} has no {_shown(str(key))}{_suggest(key, allowed)}")
-    limits = {"thresh": (float, {"above": 0, "maximum": 1}), "min_kept": (int, {"minimum": 0})}
-    numbers = {}
-    for key, given in options.items():
-        try:
-            numbers[key] = _convert_number(given, *limits[key])
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-    return Criterion(name, **numbers)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples become lists, inside too: what YAML and a checkpoint can hold without any class of ours."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(word)[:80].lower(), lower, n=1)
-    return f" (did you mean '{lower[near[0]]}'?)" if near else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dataset.transform import normalize
-from util.distributed import all_reduce_sum
+from util.distributed.collectives import all_reduce_sum
 from util.losses import slices
 from util.metrics import confusion_matrix, iou_per_class, mean_iou
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from util.checkpoint import CheckpointError
+from util.errors import SavePathError
 
 LOCK_FILE = "run.lock"
 BEAT = 30  # seconds between two signs of life, the file's time of change
@@ -27,7 +27,7 @@ STALE = 300  # seconds
 def locked(save_path: Path) -> Iterator[list[str]]:
     """Hold the lock of `save_path`; yields what there is to say, one line where a dead run's lock is taken over.
 
-    Raises CheckpointError, which names the other run's machine and process, while another run has it. A run is dead if
+    Raises SavePathError, which names the other run's machine and process, while another run has it. A run is dead if
     it was on this machine and its process is gone, or on another one and has given no sign of life for minutes.
     """
     path = save_path / LOCK_FILE
@@ -56,12 +56,12 @@ def _acquire(path: Path) -> tuple[TextIO, list[str]]:
                 file.close()
                 continue
             if owner and _is_alive(owner, path, free):
-                raise CheckpointError(
+                raise SavePathError(
                     f"{path.parent}: another run writes there: process {owner['pid']} on {owner['host']}, since "
                     f"{owner['since']}; wait for it, end it, or choose another --save-path"
                 )
             if not free and not owner:
-                raise CheckpointError(f"{path.parent}: another run is starting there; choose another --save-path")
+                raise SavePathError(f"{path.parent}: another run is starting there; choose another --save-path")
             if owner:
                 notes.append(
                     f"note: a run of {owner['since']} (process {owner['pid']} on {owner['host']}) ended without giving "
@@ -76,7 +76,7 @@ def _acquire(path: Path) -> tuple[TextIO, list[str]]:
             file.flush()
             return file, notes
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be locked: {error.strerror}") from None
+        raise SavePathError(f"{path}: cannot be locked: {error.strerror}") from None
 
 
 def _try_lock(file: TextIO) -> bool:

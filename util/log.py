@@ -17,7 +17,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.checkpoint import LOG_FILE, CheckpointError
+from util.checkpoint import LOG_FILE
+from util.errors import SavePathError
 
 
 class RunLog:
@@ -49,7 +50,7 @@ class RunLog:
 
     def stopped(self, reason: str) -> None:
         """Keep the reason why the run ends, in the file; where the disk is full it goes on screen only."""
-        with contextlib.suppress(CheckpointError):
+        with contextlib.suppress(SavePathError):
             self._write(f"stopped: {reason}", on_screen=False)
 
     def info(self, text: str) -> None:
@@ -83,12 +84,12 @@ class RunLog:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Raises CheckpointError if the disk refuses."""
+        """Raises SavePathError if the disk refuses."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
-            raise CheckpointError(
+            raise SavePathError(
                 f"{self._folder}: {name} cannot be written ({reason}); checkpoints are intact"
             ) from None
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from model import DeepLabV3Plus
-from util.config import Config, ConfigError
+from util.config import Config
+from util.errors import ConfigError
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,20 +16,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.cache import ImageCache, open_cache
-from dataset.files import (
-    Sample,
-    check_samples,
-    find_unlabeled,
-    limit_image_pixels,
-    list_digest,
-    read_list,
-    shared_images,
-)
-from dataset.semi import EpochSampler, LoaderOptions, TrainDataset, default_workers, train_loader, val_loader
+from dataset.check import check_samples
+from dataset.files import limit_image_pixels
+from dataset.lists import Sample, find_unlabeled, list_digest, read_list, shared_images
+from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
+from dataset.semi import EpochSampler, TrainDataset
 from model import build_model, check_pretrained
 from util.checkpoint import CONFIG_FILE, LOG_FILE, Found, find_checkpoint, replacing, set_aside, tidy
-from util.config import Config, ConfigError, check_batch, load_config, resolve_path, to_dict
-from util.distributed import Processes, choose_device, find_processes, local_process_count, process_group
+from util.config import Config, check_batch, load_config, resolve_path, to_dict
+from util.distributed.group import process_group
+from util.distributed.launch import Processes, choose_device, find_processes, local_process_count
+from util.errors import ConfigError
 from util.lock import locked
 from util.log import RunLog
 from util.precision import check_precision, describe_precision, set_precision

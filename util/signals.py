@@ -11,14 +11,6 @@ Item = TypeVar("Item")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Interrupted(Exception):
-    """A signal ended the run, whose state is saved; the message is one line for the user."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
-
-
 class StopSignals:
     """While it is entered, SIGINT, SIGTERM and SIGUSR1 only leave their number in `received` (0: none came).
 

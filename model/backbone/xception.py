@@ -11,7 +11,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.recompute import run
+from model.activation_checkpoint import run
 
 # Of every BatchNorm here; ImageNet training used it, and fine-tuning keeps it.
 BN_MOMENTUM = 0.0003

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.recompute import run
+from model.activation_checkpoint import run
 from model.semseg.atrous import AtrousConv2d
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import functional as F
 
 from dataset.files import IGNORE_INDEX, map_label, read_image, read_label
+from dataset.resize import resized_size
 from dataset.semi import VIEW_U, VIEW_X, Key, TrainDataset, UnlabeledViews, stream
 from dataset.transform import (
     IMAGENET_MEAN,
@@ -25,11 +26,10 @@ from dataset.transform import (
     draw_cutmix_box,
     draw_geometry,
     draw_photometry,
-    resized_size,
 )
 
 
-class StraightforwardDataset(TrainDataset):
+class NaiveDataset(TrainDataset):
     """TrainDataset, whose arguments and draws it has; an item is what `to_device` makes of a batch, for one sample."""
 
     def __getitem__(self, key: Key) -> Any:
@@ -62,8 +62,8 @@ class StraightforwardDataset(TrainDataset):
         return UnlabeledViews(to_float(weak), strong1, strong2, ignore_mask, box1, box2)
 
 
-def collate_straightforward(samples: list[Any]) -> Any:
-    """A batch of StraightforwardDataset's samples, ready for a step."""
+def collate_naive(samples: list[Any]) -> Any:
+    """A batch of NaiveDataset's samples, ready for a step."""
     if isinstance(samples[0][1], torch.Tensor):
         return default_collate(samples)
     labeled, *views = zip(*samples, strict=True)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from util.checkpoint import load_optimizer
-from util.guard import Guard
 from util.precision import build_scaler
 from util.run import Run
+from util.train.guard import Guard
 
 # A step gets a batch on the device and the function that back-propagates a part of the loss; it returns its metrics.
 TrainStep = Callable[[Any, Callable[[torch.Tensor], None]], dict[str, torch.Tensor]]

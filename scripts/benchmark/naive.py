@@ -1,4 +1,4 @@
-"""The straightforward way of what this project does faster or in less memory: what tests and the benchmark compare to.
+"""The naive way of what this project does faster or in less memory: what tests and the benchmark compare to.
 
 Written to be obviously right: everything at once, nothing skipped, one image at a time. No training run uses it.
 """

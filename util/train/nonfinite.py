@@ -1,18 +1,15 @@
-"""What a run does at a fault that it is told to outlive: steps that are not finite, and images that are unreadable."""
+"""Undoing steps whose loss, gradients or weights are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from dataset import DataError
-from util.cli import TrainingStopped
-from util.distributed import all_reduce_sum, gather_objects
+from util.distributed.collectives import all_reduce_sum
+from util.errors import TrainingStopped
 from util.log import RunLog
-from util.run import Run
 
 SKIPPED = "skipped"
 
@@ -79,71 +76,3 @@ class NonFiniteGuard:
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     yield (index, name), value
-
-
-class BadImages:
-    """Names each unreadable file once in the log, counts the samples that were replaced, and stops beyond a limit."""
-
-    def __init__(self, limit: int, log: RunLog) -> None:
-        self._limit, self._log = limit, log
-        self._samples, self._known = 0, set[str]()
-
-    def count(self, faults: Sequence[str]) -> None:
-        """Count `faults`, messages of this process, and those of all others; every process calls this alike.
-
-        Raises DataError, on every process, when there have been more different ones than the limit.
-        """
-        faults = [fault for own in gather_objects(list(faults)) for fault in own]
-        if not faults:
-            return
-        self._samples += len(faults)
-        for fault in dict.fromkeys(faults):
-            if fault not in self._known:
-                self._log.info(f"skipped: {fault}")
-                self._known.add(fault)
-        count = f"{len(self._known)} unreadable image{'s' * (len(self._known) > 1)}"
-        samples = f"{self._samples} sample{'s' * (self._samples > 1)}"
-        self._log.info(f"{samples} replaced so far, {count} (bad_image_limit: {self._limit})")
-        if len(self._known) > self._limit:
-            raise DataError(f"{faults[-1]}; {count}, more than bad_image_limit {self._limit}")
-
-
-class Guard:
-    """What the training loop calls for both: nothing happens, nor costs anything, unless the config asks for it."""
-
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loader: DataLoader,
-        check_gradients: bool = True,
-    ) -> None:
-        """`check_gradients` as NonFiniteGuard has it: False with a GradScaler."""
-        cfg = run.cfg
-        self._steps = self._images = None
-        if cfg.on_nonfinite == "skip":
-            self._steps = NonFiniteGuard(model, optimizer, cfg.nonfinite_limit, run.log, check_gradients)
-        if cfg.on_bad_image == "skip":
-            self._images, self._loader = BadImages(cfg.bad_image_limit, run.log), loader
-
-    def keep(self) -> None:
-        """Before a step's forward."""
-        if self._steps:
-            self._steps.keep()
-
-    def undo(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """After the optimiser's step; returns the step's metrics for StepMetrics."""
-        return self._steps.undo(metrics) if self._steps else metrics
-
-    def report(self, means: dict[str, float], iteration: int) -> None:
-        """Log what was skipped since the last reading, up to iteration `iteration` (from 1).
-
-        Takes `skipped` out of `means`. Raises TrainingStopped or DataError, on every process, beyond a limit.
-        """
-        skipped = means.pop(SKIPPED, 0.0)
-        if self._steps:
-            self._steps.count(skipped, iteration)
-        if self._images:
-            self._images.count(self._loader.faults)
-            self._loader.faults.clear()

@@ -1,11 +1,9 @@
-"""The training loop that the three methods share: epochs, the schedule, metrics, evaluation and checkpoints."""
+"""The training loop that all methods share: epochs, schedule, logging, evaluation and checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dataset.semi import to_device
+from dataset.packing import to_device
 from model import load_checkpoint_state, read_checkpoint
-from util.checkpoint import BEST, CheckpointError, save_epoch
-from util.cli import TrainingStopped
-from util.distributed import all_reduce_sum, gather, process_count, unwrap
+from util.checkpoint import BEST, save_epoch
+from util.distributed.collectives import gather
+from util.distributed.ddp import unwrap
+from util.errors import CheckpointError
 from util.evaluate import Result, evaluate
-from util.guard import SKIPPED
 from util.log import peak_memory_gb
 from util.metrics import iou_table
-from util.midway import KEPT, Midway, check_finite, checkpoint_state
 from util.precision import evaluation_copy
 from util.run import Run
 from util.schedule import set_poly_lr
 from util.signals import StopSignals
-from util.update import TrainStep, Update
+from util.train.clock import Clock
+from util.train.optimizer_step import TrainStep, Update
+from util.train.saving import Midway, check_finite, checkpoint_state
+from util.train.step_metrics import StepMetrics
 
 STEP_STREAM = 100  # tells the seeds of steps from the streams of dataset.semi
 # The release's names of these curves, so that old and new ones lie over each other in TensorBoard.
@@ -50,7 +50,7 @@ def fit(
     metrics = StepMetrics()
     update = Update(run, model, optimizer, loader, train_step)
     done, position = _resume(run, model, update, metrics, len(loader))
-    clock = _Clock(len(loader), cfg.epochs, done["epoch"], position)
+    clock = Clock(len(loader), cfg.epochs, done["epoch"], position)
     with StopSignals() as signals:
         midway = Midway(run, model, update, metrics, done, len(loader), signals)
         for epoch in range(done["epoch"], cfg.epochs):
@@ -88,7 +88,7 @@ def train_one_epoch(
     update: Update,
     loader: DataLoader,
     metrics: StepMetrics,
-    clock: _Clock,
+    clock: Clock,
     midway: Midway,
 ) -> None:
     """The loader's batches from `position` on. Metrics stay on the device and are read every `log_interval` steps."""
@@ -132,89 +132,9 @@ def train_one_epoch(
             tell(index)
 
 
-class StepMetrics:
-    """0-dim metrics of each step, kept on the device; reading them is the only time the host waits for it."""
-
-    def __init__(self) -> None:
-        self._rows: list[torch.Tensor] = []
-        self._first, self._names = 0, ()
-
-    def append(self, iteration: int, metrics: dict[str, torch.Tensor]) -> None:
-        """Keep the metrics of step `iteration`; steps come one after the other. Among them may be `skipped`."""
-        names = tuple(name for name in metrics if name != SKIPPED)
-        row = [metrics[name] for name in names] + [metrics.get(SKIPPED, torch.zeros_like(metrics[names[0]]))]
-        if not self._rows:
-            self._first, self._names = iteration, names
-        self._rows.append(torch.stack([value.float() for value in row]))
-
-    def state(self) -> dict[str, Any]:
-        """What is kept, of all processes, for a checkpoint; `load_state` takes it."""
-        rows = gather(torch.stack(self._rows)).cpu() if self._rows else None
-        return {"first": self._first, "names": list(self._names), "rows": rows}
-
-    def load_state(self, state: dict[str, Any], rank: int, device: torch.device) -> None:
-        """Go on from where `state` was taken."""
-        self._first, self._names = state["first"], tuple(state["names"])
-        self._rows = [] if state["rows"] is None else list(state["rows"][rank].to(device))
-
-    def read(self) -> dict[str, float]:
-        """Means over the steps since the last reading and over all processes.
-
-        Steps that the guard has undone are left out; `skipped` is their number, if there are any.
-        Raises TrainingStopped, on every process alike, if a value of any other step was not finite.
-        """
-        rows = all_reduce_sum(torch.stack(self._rows)) / process_count()
-        self._rows = []
-        *columns, skipped = rows.cpu().unbind(1)
-        values, undone = torch.stack(columns, dim=1), skipped == 1
-        finite = values.isfinite() | undone[:, None]
-        if not finite.all():
-            step = int((~finite.all(dim=1)).nonzero()[0])
-            terms = ", ".join(
-                f"{name} {values[step, i]:.4g}" for i, name in enumerate(self._names) if not finite[step, i]
-            )
-            raise TrainingStopped(f"the loss is not finite at iteration {self._first + step + 1}: {terms}; {KEPT}")
-        if undone.all():
-            return {SKIPPED: float(len(undone))}
-        means = dict(zip(self._names, values[~undone].double().mean(dim=0).tolist(), strict=True))
-        return means | ({SKIPPED: float(undone.sum())} if undone.any() else {})
-
-
 def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
     """The seed of torch's generators for one step of one process."""
     return int(np.random.SeedSequence([seed, STEP_STREAM, epoch, index, rank]).generate_state(1, np.uint64)[0])
-
-
-class _Clock:
-    """Speed, share of time spent waiting for data, and what is left."""
-
-    def __init__(self, steps: int, epochs: int, first_epoch: int, position: int = 0) -> None:
-        self._total, self._first = steps * epochs, steps * first_epoch + position
-        self._start = self._lap_start = time.perf_counter()
-        self._lap_iteration, self._waited = self._first, 0.0
-
-    def waits(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, with the time that each was waited for."""
-        iterator = iter(batches)
-        while True:
-            started = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - started
-            yield batch
-
-    def lap(self, iteration: int, images: int) -> str:
-        """`iteration` steps are done, each of `images` images: speed since the last lap, and the time to the end."""
-        now = time.perf_counter()
-        seconds = max(now - self._lap_start, 1e-9)
-        speed = (iteration - self._lap_iteration) * images / seconds
-        # Right after continuing no step is done yet: nothing is known of the time that one takes.
-        left = (now - self._start) / max(iteration - self._first, 1) * (self._total - iteration)
-        text = f"{speed:.1f} images/s  data {100 * self._waited / seconds:.0f}%  ETA {timedelta(seconds=round(left))}"
-        self._lap_start, self._lap_iteration, self._waited = now, iteration, 0.0
-        return text
 
 
 def _resume(run: Run, model: nn.Module, update: Update, metrics: StepMetrics, steps: int) -> tuple[dict[str, Any], int]:

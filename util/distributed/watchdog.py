@@ -17,8 +17,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from util.cli import EXIT_CONSEQUENCE, EXIT_STOPPED, Silenced, TrainingStopped, error_line
-from util.signals import Interrupted, StopSignals
+from util.errors import EXIT_CONSEQUENCE, EXIT_STOPPED, Interrupted, Silenced, TrainingStopped, error_line
+from util.signals import StopSignals
 
 GONE = "the process that held the others together (torchrun, or else the first one) is gone"
 PERIOD = 1.0  # seconds between two signs of life

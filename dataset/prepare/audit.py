@@ -27,21 +27,10 @@ import torch
 from PIL import Image
 from torchvision import io as torchvision_io
 
+from dataset.check import check_root, label_faults, mask_fault
 from dataset.errors import DataError
-from dataset.files import (
-    IGNORE_INDEX,
-    Sample,
-    check_root,
-    image_pixel_limit,
-    label_faults,
-    limit_image_pixels,
-    location,
-    mask_fault,
-    open_image,
-    orientation,
-    read_label,
-    shared_images,
-)
+from dataset.files import IGNORE_INDEX, image_pixel_limit, limit_image_pixels, open_image, orientation, read_label
+from dataset.lists import Sample, location, shared_images
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 

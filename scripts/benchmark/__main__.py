@@ -1,11 +1,11 @@
-"""Measure what makes this project fast and small, against the straightforward way of doing the same.
+"""Measure what makes this project fast and small, against the naive way of doing the same.
 
     python -m scripts.benchmark all --json benchmark.json
     python -m scripts.benchmark data
 
 Both ways run in turn, in one process, on synthetic images: JPEG of 500 x 375 pixels, as in Pascal VOC, and PNG of
-2048 x 1024, as in Cityscapes, of the same size as those files. Each line gives the median of the straightforward way
-(dataset/straightforward.py, util/straightforward.py) and of this project's, with the middle half of the measurements in
+2048 x 1024, as in Cityscapes, of the same size as those files. Each line gives the median of the naive way
+(scripts/benchmark/naive.py, naive_data.py) and of this project's, with the middle half of the measurements in
 brackets, their ratio, and how their results compare. Times are good for ratios within one run, not across machines.
 """
 
@@ -38,23 +38,17 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
-from dataset import straightforward as plain_data
 from dataset.cache import ImageCache
-from dataset.files import Sample, check_samples, read_image, read_label
-from dataset.semi import (
-    EpochSampler,
-    Key,
-    LoaderOptions,
-    TrainDataset,
-    UnlabeledViews,
-    collate,
-    to_device,
-    train_loader,
-    val_loader,
-)
+from dataset.check import check_samples
+from dataset.files import read_image, read_label
+from dataset.lists import Sample
+from dataset.loader import LoaderOptions, train_loader, val_loader
+from dataset.packing import collate, to_device
+from dataset.semi import EpochSampler, Key, TrainDataset, UnlabeledViews
 from dataset.transform import IMAGENET_MEAN, IMAGENET_STD, box_mask, draw_cutmix_box
 from model import build_model
-from util import straightforward as plain
+from scripts.benchmark import naive as plain
+from scripts.benchmark import naive_data as plain_data
 from util.cli import run_main
 from util.config import PROJECT_ROOT, load_config
 from util.evaluate import evaluate
@@ -73,7 +67,7 @@ GROUPS = ("data", "loader", "loss", "step", "evaluate", "startup")
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: measurements of the straightforward way and of this project's, in `unit`."""
+    """One comparison: measurements of the naive way and of this project's, in `unit`."""
 
     name: str
     plain: list[float]
@@ -83,7 +77,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times as much the straightforward way takes, by the medians."""
+        """How many times as much the naive way takes, by the medians."""
         return statistics.median(self.plain) / statistics.median(self.ours)
 
 
@@ -184,7 +178,7 @@ def measure_loader(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[R
     workers, kind = len(os.sched_getaffinity(0)), replace(kinds[0], samples=4 * kinds[0].samples)
     slow, fast = _datasets(root, kind)
     sampler, options = EpochSampler(len(kind.samples), len(kind.samples), 2, 0), LoaderOptions(workers)
-    function = plain_data.collate_straightforward
+    function = plain_data.collate_naive
     slow_loader = options.build(slow, batch_size=2, sampler=sampler, collate_fn=function, drop_last=True)
     fast_loader = train_loader(fast, sampler, options)
 
@@ -254,21 +248,21 @@ def measure_step(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
     """UniMatch's step with batch 2 + 2, and its peak memory above the loaded model."""
     exact = _gradient_difference()
     batches = [_step_batch(seed, CROP) for seed in range(4)]
-    slow_step = _stepper(_plain_model(), straightforward=True)
+    slow_step = _stepper(_plain_model(), naive=True)
     for title, options in (
         ("float32", {}),  # channels_last, the default on a CPU
         ("float32, contiguous", {"channels_last": False}),
         ("bf16 + channels_last", {"amp": "bf16"}),
     ):
-        fast_step = _stepper(_model(**options), straightforward=False)
+        fast_step = _stepper(_model(**options), naive=False)
         steps = (_through(batches, slow_step), _through(batches, fast_step))
         times = _alternate(*steps, rounds)
         equality = exact if "amp" not in options else "16-bit forward passes, by choice"
         yield Row(f"UniMatch step, {BACKBONE}, crop {CROP}, {title}", *times, "s", equality)
     peaks = {way: _memory_of(way) for way in MEMORY_WAYS}
     for way, peak in peaks.items():
-        if way != "straightforward":
-            yield Row(f"peak memory of the step, {way}", [peaks["straightforward"]], [peak], "GB", exact)
+        if way != "naive":
+            yield Row(f"peak memory of the step, {way}", [peaks["naive"]], [peak], "GB", exact)
 
 
 def measure_evaluate(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row]:
@@ -361,14 +355,14 @@ def _step_batch(seed: int, size: int, dtype: torch.dtype = torch.float32) -> Any
     )
 
 
-def _stepper(model: torch.nn.Module, straightforward: bool) -> Callable[[Any], None]:
+def _stepper(model: torch.nn.Module, naive: bool) -> Callable[[Any], None]:
     """A function that does a whole training step on a batch."""
     optimizer = build_optimizer(model, 0.001, 10.0)
 
     def step(batch: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        if straightforward:
+        if naive:
             plain.unimatch_step(model, batch, plain.cross_entropy, 0.95)
         else:
             unimatch_step(model, _only_used(batch), CrossEntropy(), 0.95, torch.Tensor.backward)
@@ -393,10 +387,10 @@ def _only_used(batch: Any) -> Any:
 def _gradient_difference() -> str:
     """Between the two ways, over all parameters, in float64 on a small batch."""
     batch, gradients = _step_batch(1, 65, torch.float64), []
-    for straightforward in (True, False):
-        model = (_plain_model() if straightforward else _model()).double()
+    for naive in (True, False):
+        model = (_plain_model() if naive else _model()).double()
         torch.manual_seed(0)
-        if straightforward:
+        if naive:
             plain.unimatch_step(model, batch, plain.cross_entropy, 0.1)
         else:
             unimatch_step(model, _only_used(batch), CrossEntropy(), 0.1, torch.Tensor.backward)
@@ -405,7 +399,7 @@ def _gradient_difference() -> str:
 
 
 MEMORY_WAYS = {
-    "straightforward": None,
+    "naive": None,
     "float32": {},
     "checkpoint_activations: backbone": {"checkpoint_activations": "backbone"},
     "checkpoint_activations: all": {"checkpoint_activations": "all"},
@@ -417,7 +411,7 @@ def _memory_of(way: str) -> float:
     # Freed memory goes back to the system at once, so that the resident set is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     arguments = (way, BACKBONE, CROP, torch.get_num_threads())
-    command = [sys.executable, "-c", f"from scripts import benchmark; print(benchmark.peak_memory{arguments})"]
+    command = [sys.executable, "-c", f"from scripts.benchmark import __main__ as b; print(b.peak_memory{arguments})"]
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -427,7 +421,7 @@ def peak_memory(way: str, backbone: str, crop: int, threads: int) -> float:
     torch.set_num_threads(threads)
     options, batch = MEMORY_WAYS[way], _step_batch(1, crop)
     model = _plain_model(backbone=backbone) if options is None else _model(backbone=backbone, **options)
-    step = _stepper(model, straightforward=options is None)
+    step = _stepper(model, naive=options is None)
     step(batch)  # the momentum buffers, and what libraries keep from their first call
     for parameter in model.parameters():
         parameter.grad = None
@@ -484,10 +478,10 @@ def _threads(count: int) -> Iterator[None]:
 
 def _datasets(
     root: Path, kind: Kind, strong_views: int = 2, cache: ImageCache | None = None
-) -> tuple[plain_data.StraightforwardDataset, TrainDataset]:
+) -> tuple[plain_data.NaiveDataset, TrainDataset]:
     unlabeled = [sample._replace(label=None) for sample in kind.samples]
     arguments = kind.samples, unlabeled, root, kind.crop, 0
-    return plain_data.StraightforwardDataset(*arguments), TrainDataset(*arguments, strong_views, cache=cache)
+    return plain_data.NaiveDataset(*arguments), TrainDataset(*arguments, strong_views, cache=cache)
 
 
 # Comparing
@@ -509,7 +503,7 @@ def _compare_pairs(slow: TrainDataset, fast: TrainDataset, keys: Sequence[Key]) 
     off, masks, mean = [], True, []
     for key in keys:
         _, u, _ = to_device(collate([fast[key]]), torch.device("cpu"))
-        _, slow_u, slow_mix = plain_data.collate_straightforward([slow[key]])
+        _, slow_u, slow_mix = plain_data.collate_naive([slow[key]])
         off.append((_levels(u.weak[0]) != _levels(slow_u.weak[0])).any(-1).double().mean().item())
         masks &= torch.equal(u.ignore_mask.long(), slow_u.ignore_mask) and torch.equal(u.box1.long(), slow_u.box1)
         mixed = cutmix(slow_u.strong1, slow_mix.strong1, slow_u.box1)

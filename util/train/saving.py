@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from util.checkpoint import MIDWAY, save_checkpoint
-from util.cli import TrainingStopped
 from util.config import to_dict
-from util.distributed import Agreement, unwrap
+from util.distributed.collectives import Agreement
+from util.distributed.ddp import unwrap
+from util.errors import Interrupted, TrainingStopped
 from util.run import Run
-from util.signals import Interrupted, StopSignals
-from util.update import Update
+from util.signals import StopSignals
+from util.train.optimizer_step import Update
 
 if TYPE_CHECKING:
-    from util.engine import StepMetrics
+    from util.train.step_metrics import StepMetrics
 
 KEPT = "checkpoints of earlier epochs are kept (too high an lr, or data with extreme values, are the usual causes)"
 

@@ -1,0 +1,122 @@
+"""The quick check of a run's images and labels before training starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataset.errors import DataError
+from dataset.files import IGNORE_INDEX, check_depth, errors_named, read_image, read_label, size_fault
+from dataset.lists import Sample
+
+# The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def check_samples(
+    samples: Sequence[Sample],
+    data_root: str | Path,
+    nclass: int,
+    threads: int = 8,
+    label_map: Mapping[int, int] | None = None,
+) -> None:
+    """Check every file of a list; the first fault in list order is raised as DataError.
+
+    Images: present, a readable header, not truncated. Labels: present, of the image's size, values after `label_map`
+    below `nclass` or 255. Images are decoded only where their last bytes look cut off; labels always.
+    """
+    root = Path(data_root)
+    check_root(root)
+    found: set[int] = set()
+    with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
+        for values in pool.map(lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples):
+            found |= values
+    labels = [sample.label for sample in samples if sample.label]
+    if labels and (fault := mask_fault(root / labels[0], len(labels), found, label_map)):
+        raise fault
+
+
+def check_root(root: Path) -> None:
+    """Raise DataError unless `root`, the config's data_root, is a folder."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; data_root must hold the images that the lists name")
+
+
+def mask_fault(first: Path, count: int, found: Set[int], label_map: Mapping[int, int] | None) -> DataError | None:
+    """The fault of a list in whose `count` labels, the `first` among them, there are just 255 and perhaps 0."""
+    if label_map or IGNORE_INDEX not in found or not found <= {0, IGNORE_INDEX}:
+        return None
+    return DataError(
+        f"{first}: values found over all {count} labels of the list: {_few(sorted(found))}, so no class but 0 occurs; "
+        f"{mask_hint()}",
+        "lists of labels without a class",
+    )
+
+
+def mask_hint(value: int = 255) -> str:
+    """What to do about labels in which 0 and `value` mean background and object."""
+    return (
+        f"it looks like a 0/255 mask: set label_map: {{0: 0, {value}: 1}}, "
+        "or store class indices, 0 for background and 1 for the object"
+    )
+
+
+def _check_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int]) -> set[int]:
+    """The values found in the sample's label (none without one)."""
+    size = _check_image(root / sample.image)
+    if sample.label is None:
+        return set()
+    label = read_label(root / sample.label)
+    found = np.flatnonzero(label.histogram()).tolist()
+    for fault in label_faults(sample, root, size, label.size, found, nclass, label_map):
+        raise fault
+    return set(found)
+
+
+def label_faults(
+    sample: Sample,
+    root: Path,
+    image_size: tuple[int, int] | None,
+    label_size: tuple[int, int],
+    found: Sequence[int],
+    nclass: int,
+    label_map: Mapping[int, int] | None,
+) -> Iterator[DataError]:
+    """What is wrong with a readable label that holds the values `found`: its size, its values. Sizes: (width, height).
+
+    An unreadable image's size is None and fits every label.
+    """
+    path, label_map = root / sample.label, label_map or {}
+    if fault := size_fault(sample, root, image_size or label_size, label_size):
+        yield fault
+    if any(nclass <= label_map.get(value, value) != IGNORE_INDEX for value in found):
+        mask = not label_map and len(found) == 2 and found[0] == 0 and found[1] >= 128
+        named = f", and those in label_map ({_few(sorted(label_map))})" if label_map else ""
+        yield DataError(
+            f"{path}: label values found: {_few(found)}; allowed are 0..{nclass - 1}, and 255 for ignored pixels"
+            f"{named}{f'; {mask_hint(found[1])}' if mask else ''}",
+            "label values outside the classes",
+        )
+
+
+def _check_image(path: Path) -> tuple[int, int]:
+    """The (width, height) of an image that seems whole."""
+    with errors_named(path, "image"), open(path, "rb") as file, Image.open(file) as image:
+        check_depth(path, image)
+        size, mark = image.size, _END_MARKS.get(image.format)
+        file.seek(0, os.SEEK_END)
+        file.seek(-min(64, file.tell()), os.SEEK_END)
+        whole = mark is not None and mark in file.read()
+    if not whole:
+        read_image(path)
+    return size
+
+
+def _few(values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return f"{shown}, ... ({len(values)} values)" if len(values) > 8 else shown

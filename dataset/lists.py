@@ -1,0 +1,124 @@
+"""List files and folders of images: which images and labels a run uses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+ALLOW_OUTSIDE = "allow_outside_root: true permits that"
+
+
+class Sample(NamedTuple):
+    """One line of a list: paths relative to the data root; an unlabelled line may have no label."""
+
+    image: str
+    label: str | None
+
+
+def read_list(path: str | Path, labels: bool = True, inside: str | Path | None = None) -> list[Sample]:
+    """Read a list file: `image label` or just `image` a line, blank lines and `#` comments allowed.
+
+    Columns are separated by white space. A line with a tab in it, were it the line's last character, is split at tabs
+    only, so that names may contain spaces. With `labels`, every line must have a label. With `inside`, the data root,
+    no path may leave that folder. Raises DataError for a missing, empty or malformed list.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # some Windows programs begin a file with a mark
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such list file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable list file: {error}") from None
+    samples = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.lstrip()
+        if not line or line.startswith("#"):
+            continue
+        columns = [column.strip() for column in re.split(r"\t+", line.rstrip())] if "\t" in line else line.split()
+        if len(columns) > 2:
+            raise DataError(
+                f"{path}:{number}: expected `image label`, found {len(columns)} columns "
+                "(put a tab between the columns where names contain spaces)"
+            )
+        if labels and len(columns) < 2:
+            hint = " (a tab, also at the line's end, makes tabs its only separators)" if "\t" in line else ""
+            raise DataError(
+                f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
+            )
+        for column in columns:
+            if inside is not None and not is_inside(column, inside):
+                raise DataError(f"{path}:{number}: {column} lies outside data_root ({inside}); {ALLOW_OUTSIDE}")
+        samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
+    if not samples:
+        raise DataError(f"{path}: the list is empty")
+    return samples
+
+
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether `path`, taken from `folder`, is in it, to go by the text: links are not followed, they may lead out."""
+    folder = os.path.abspath(folder)
+    return os.path.join(location(folder, path), "").startswith(os.path.join(folder, ""))
+
+
+def find_unlabeled(
+    source: str | Path, data_root: str | Path, labeled: Sequence[Sample], allow_outside: bool = False
+) -> list[Sample]:
+    """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
+
+    Their labels, listed or not, are dropped here: nothing after this could open one. Unless `allow_outside`, no path
+    may leave `data_root`. Raises DataError.
+    """
+    folder = Path(data_root) / source
+    if Path(source).is_file():
+        listed = read_list(source, labels=False, inside=None if allow_outside else data_root)
+        images = [sample.image for sample in listed]
+    elif not allow_outside and not is_inside(source, data_root):
+        raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
+    elif folder.is_dir():
+        images = images_in(folder, Path(data_root))
+    else:
+        raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
+    taken = {location(data_root, sample.image) for sample in labeled}
+    samples = [Sample(image, None) for image in images if location(data_root, image) not in taken]
+    if not samples:
+        raise DataError(f"{source}: no unlabelled image in it ({len(images)} images, all of them labelled)")
+    return samples
+
+
+def list_digest(samples: Sequence[Sample]) -> str:
+    """A short fingerprint of a list's content, to notice that a resumed run was given other images."""
+    text = "\n".join(f"{sample.image}\t{sample.label or ''}" for sample in samples)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def images_in(folder: Path, root: Path) -> list[str]:
+    """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none."""
+    found = []
+    for directory, _, names in os.walk(folder, followlinks=True):
+        relative = Path(os.path.relpath(directory, root)).as_posix()
+        found += [
+            posixpath.normpath(f"{relative}/{name}")
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    if not found:
+        raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(found)
+
+
+def shared_images(samples: Sequence[Sample], others: Sequence[Sample], data_root: str | Path) -> list[str]:
+    """The images of `samples` that are also among `others`, however either list writes their paths."""
+    taken = {location(data_root, sample.image) for sample in others}
+    return [sample.image for sample in samples if location(data_root, sample.image) in taken]
+
+
+def location(data_root: str | Path, image: str | Path) -> str:
+    """The same text for the same path, however a list writes it."""
+    return os.path.abspath(os.path.join(data_root, image))

@@ -1,0 +1,1 @@
+"""What never runs in training: official downloads, the audit, splits, the toy set."""

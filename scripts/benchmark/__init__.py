@@ -1,0 +1,1 @@
+"""Benchmarks, and the naive reference implementations that they and the tests compare against."""

@@ -1,0 +1,1 @@
+"""Processes: launch, process group, DDP, BatchNorm, collectives, watchdog."""
