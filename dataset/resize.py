@@ -68,7 +68,7 @@ def resize_bilinear(
 
 
 def source_rows(size: tuple[int, int], new_size: tuple[int, int], stop: int) -> int:
-    """The rows of a picture, from the top, that the rows before `stop` need of it resized to `new_size` (width, height)."""
+    """The rows, from the top, that the rows before `stop` need of a picture resized to `new_size` (width, height)."""
     height, new_height = size[1], new_size[1]
     if _resized_whole(*size, *new_size):
         return height
