@@ -13,8 +13,8 @@ RGB = tuple[int, int, int]
 class DatasetInfo:
     """A published dataset.
 
-    `image` and `label` are paths relative to `data_root`, as the lists in `splits/` write them; to be filled in are
-    `{id}`, `{part}` ("train" or "val") and, for Cityscapes, `{city}`.
+    `image` and `label` are paths relative to `data_root`, as the lists in `splits/` write them. Filled in are `{id}`,
+    `{part}` (one of `parts`: the name of the training and of the validation folder) and, for Cityscapes, `{city}`.
     `eval_mode` is the one of the published figures: "original" or "sliding_window".
     """
 
@@ -24,6 +24,7 @@ class DatasetInfo:
     eval_mode: str
     image: str
     label: str
+    parts: tuple[str, str] = ("train", "val")
 
 
 def voc_palette(n: int) -> tuple[RGB, ...]:
@@ -90,6 +91,25 @@ _COCO_CLASSES = (
     *("hair drier", "toothbrush"),
 )
 
+# The official order of the 150 classes of SceneParse150; label value i is the official label minus 1.
+_ADE20K_CLASSES = (
+    *("wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet"),
+    *("sidewalk", "person", "earth", "door", "table", "mountain", "plant", "curtain", "chair", "car", "water"),
+    *("painting", "sofa", "shelf", "house", "sea", "mirror", "rug", "field", "armchair", "seat", "fence", "desk"),
+    *("rock", "wardrobe", "lamp", "bathtub", "railing", "cushion", "base", "box", "column", "signboard"),
+    *("chest of drawers", "counter", "sand", "sink", "skyscraper", "fireplace", "refrigerator", "grandstand", "path"),
+    *("stairs", "runway", "case", "pool table", "pillow", "screen door", "stairway", "river", "bridge", "bookcase"),
+    *("blind", "coffee table", "toilet", "flower", "book", "hill", "bench", "countertop", "stove", "palm"),
+    *("kitchen island", "computer", "swivel chair", "boat", "bar", "arcade machine", "hovel", "bus", "towel"),
+    *("light", "truck", "tower", "chandelier", "awning", "streetlight", "booth", "television receiver", "airplane"),
+    *("dirt track", "apparel", "pole", "land", "bannister", "escalator", "ottoman", "bottle", "buffet", "poster"),
+    *("stage", "van", "ship", "fountain", "conveyer belt", "canopy", "washer", "plaything", "swimming pool", "stool"),
+    *("barrel", "basket", "waterfall", "tent", "bag", "minibike", "cradle", "oven", "ball", "food", "step", "tank"),
+    *("trade name", "microwave", "pot", "animal", "bicycle", "lake", "dishwasher", "screen", "blanket", "sculpture"),
+    *("hood", "sconce", "vase", "traffic light", "tray", "ashcan", "fan", "pier", "crt screen", "plate", "monitor"),
+    *("bulletin board", "shower", "radiator", "glass", "clock", "flag"),
+)
+
 CATALOG: dict[str, DatasetInfo] = {
     info.name: info
     for info in (
@@ -116,6 +136,15 @@ CATALOG: dict[str, DatasetInfo] = {
             eval_mode="original",
             image="{part}2017/{id}.jpg",
             label="masks/{id}.png",
+        ),
+        DatasetInfo(
+            name="ade20k",
+            classes=_ADE20K_CLASSES,
+            palette=voc_palette(len(_ADE20K_CLASSES)),
+            eval_mode="original",
+            image="images/{part}/{id}.jpg",
+            label="annotations/{part}/{id}.png",
+            parts=("training", "validation"),
         ),
     )
 }

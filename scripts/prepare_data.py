@@ -1,10 +1,10 @@
-"""Prepare Pascal VOC 2012, Cityscapes or COCO 2017 for training, from the official downloads.
+"""Prepare Pascal VOC 2012, Cityscapes, COCO 2017 or ADE20K for training, from the official downloads.
 
     python -m scripts.prepare_data pascal --source downloads --root data/pascal
     python -m scripts.prepare_data coco --source DIR --root data/coco
 
 A source is an archive, a folder that holds archives, or the folder that they were unpacked into. Images are copied,
-labels become index PNGs where the lists in `splits/` expect them; dataset/official.py says how each label is made.
+labels become index PNGs where the lists in `splits/` expect them; dataset/prepare/downloads.py says how.
 
 Every file appears whole or not at all, and one that exists is kept: started again, the command goes on where it was
 interrupted. Files that no list names (most of COCO's) come first, so that a folder in which every listed file exists is
@@ -242,6 +242,18 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def _is_complete(folder: Path, samples: Iterable[Sample]) -> bool:
+    return all(os.path.isfile(folder / name) for name in listed_files(samples))
+
+
+def _is_ready(folder: Path, samples: Sequence[Sample], recipe: Recipe) -> bool:
+    """Whether `folder` has every listed file, as training needs it."""
+    if not _is_complete(folder, samples):
+        return False
+    labels = (folder / sample.label for sample in samples if sample.label)
+    return recipe.is_converted is None or recipe.is_converted(labels)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare and check as the command line says."""
     parser = argparse.ArgumentParser(prog="scripts.prepare_data", description=__doc__.split("\n", 1)[0])
@@ -268,7 +280,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     listed = listed_files(samples)
     given = [resolve_path(source) for source in args.source]
 
-    ready = next((folder for folder in (root, *given) if all(os.path.isfile(folder / name) for name in listed)), None)
+    ready = next((folder for folder in (root, *given) if _is_ready(folder, samples, recipe)), None)
+    if not ready and _is_complete(root, samples):
+        raise DataError(
+            f"--root {root}: holds the labels of the official download, and class indices would replace them: choose "
+            "another --root and give this folder as --source"
+        )
     plan: dict[str, Planned] = {}
     if not ready:
         sources = [file for path in given for file in find_sources(path, recipe.archives)]

@@ -10,12 +10,12 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 from dataset.catalog import CATALOG, voc_palette
 
 
-def test_the_catalog_holds_the_three_published_datasets_under_their_names():
-    assert list(CATALOG) == ["pascal", "cityscapes", "coco"]
+def test_the_catalog_holds_the_published_datasets_under_their_names():
+    assert list(CATALOG) == ["pascal", "cityscapes", "coco", "ade20k"]
     assert all(info.name == name for name, info in CATALOG.items())
 
 
-@pytest.mark.parametrize(("name", "nclass"), [("pascal", 21), ("cityscapes", 19), ("coco", 81)])
+@pytest.mark.parametrize(("name", "nclass"), [("pascal", 21), ("cityscapes", 19), ("coco", 81), ("ade20k", 150)])
 def test_every_class_has_a_name_and_a_colour_of_its_own(name, nclass):
     info = CATALOG[name]
     assert len(info.classes) == len(set(info.classes)) == nclass
@@ -52,6 +52,10 @@ def test_cityscapes_classes_and_colours_are_those_of_the_train_ids():
         ("cityscapes", 0, "road", (128, 64, 128)),
         ("cityscapes", 13, "car", (0, 0, 142)),
         ("cityscapes", 18, "bicycle", (119, 11, 32)),
+        ("ade20k", 0, "wall", (0, 0, 0)),
+        ("ade20k", 12, "person", (64, 0, 128)),
+        ("ade20k", 20, "car", (0, 64, 128)),
+        ("ade20k", 149, "flag", (128, 96, 128)),  # 149 = 0b010_010_101: red and blue 128 from bits 0 and 2
         ("coco", 0, "background", (0, 0, 0)),
         ("coco", 1, "person", (128, 0, 0)),
         ("coco", 12, "stop sign", (64, 0, 128)),  # category id 13: the first one after a gap
@@ -88,6 +92,7 @@ def test_only_cityscapes_is_evaluated_with_a_sliding_window():
         "pascal": "original",
         "cityscapes": "sliding_window",
         "coco": "original",
+        "ade20k": "original",
     }
 
 

@@ -284,7 +284,7 @@ def test_any_other_dataset_lists_its_classes(write):
 def test_an_unknown_dataset_without_classes_is_refused_with_a_suggestion(write):
     path = write(dataset="pascl", classes=None)
     message = complaint(path)
-    assert message.startswith(f"{path}: dataset 'pascl' is none of pascal, cityscapes, coco")
+    assert message.startswith(f"{path}: dataset 'pascl' is none of pascal, cityscapes, coco, ade20k")
     assert "did you mean 'pascal'?" in message and "list its `classes`" in message
 
 

@@ -30,6 +30,7 @@ from dataset.prepare.downloads import (
     RECIPES,
     CocoImage,
     CocoObject,
+    ade20k_label,
     cityscapes_label,
     coco_label,
     read_instances,
@@ -284,7 +285,39 @@ class Coco:
             assert np.array_equal(np.asarray(Image.open(root / f"masks/{name}.png")), expected)
 
 
-DATASETS = {"pascal": Pascal, "cityscapes": Cityscapes, "coco": Coco}
+class Ade20k:
+    """Three training images, one of which no list names, and one for validation; every official label occurs."""
+
+    def __init__(self, folder):
+        rng = np.random.default_rng(3)
+        self.folder, self.images, self.labels, self.expected = folder, {}, {}, {}
+        names = [("training", f"ADE_train_{i:08}") for i in (1, 2, 3)] + [("validation", "ADE_val_00000001")]
+        for part, name in names:
+            official = rng.permutation(np.resize(np.arange(151), 24 * 20)).reshape(20, 24)
+            self.images[f"images/{part}/{name}.jpg"] = jpeg(rng, 24, 20)
+            self.labels[f"annotations/{part}/{name}.png"] = png(official)
+            self.expected[f"annotations/{part}/{name}.png"] = np.where(official == 0, 255, official - 1)
+        folder.mkdir(parents=True)
+        lines = [f"{image} {label}" for image, label in zip(self.images, self.labels, strict=True)]
+        self.splits = write_lists(folder / "lists", val=lines[3:], **{"1_2/labeled": lines[:2]})
+
+    def archives(self):
+        downloads = self.folder / "downloads"
+        downloads.mkdir()
+        files = {**self.images, **self.labels, "objectInfo150.txt": b"", "sceneCategories.txt": b""}
+        files = {f"ADEChallengeData2016/{name}": data for name, data in files.items()}
+        write_zip(downloads / "ADEChallengeData2016.zip", files)
+        return downloads
+
+    def check(self, root):
+        files = tree(root)
+        assert set(files) == set(self.images) | set(self.labels)
+        assert {name: files[name] for name in self.images} == self.images
+        for name, expected in self.expected.items():
+            assert np.array_equal(np.asarray(Image.open(root / name)), expected)
+
+
+DATASETS = {"pascal": Pascal, "cityscapes": Cityscapes, "coco": Coco, "ade20k": Ade20k}
 
 
 # ---- slow computations of COCO's masks
@@ -459,13 +492,31 @@ def test_what_a_first_run_left_out_is_made_by_another(pascal, tmp_path):
     assert all(times(root)[path] == first[path] for path in first if path.is_file())
 
 
+def test_ade20k_s_unpacked_download_is_converted_into_another_folder_and_never_in_place(tmp_path, capsys):
+    made = Ade20k(tmp_path / "made")
+    official = unpack(tmp_path / "ADEChallengeData2016", made.images, made.labels)
+    before = tree(official)
+    assert "class indices would replace them" in complaint(capsys, "ade20k", made, official, official)
+    prepare("ade20k", made, tmp_path / "root", official)
+    made.check(tmp_path / "root")
+    assert tree(official) == before
+    prepare("ade20k", made, tmp_path / "root", official)  # complete now: nothing is converted twice
+    made.check(tmp_path / "root")
+
+
+def test_ade20k_s_labels_beyond_150_are_refused():
+    with pytest.raises(ValueError, match="labels up to 151"):
+        ade20k_label(png(np.array([[0, 151]])))
+
+
 # ---- the conversions
 
 
 def test_the_rules_give_every_file_of_the_published_splits(dataset):
     samples = prepare_data.read_lists(PROJECT_ROOT / "splits" / dataset)
     # COCO's five splits have 6,808 labelled images between them.
-    assert len(samples) == {"pascal": 10_582 + 1_449, "cityscapes": 2_975 + 500, "coco": 6_808 + 5_000}[dataset]
+    counts = {"pascal": 10_582 + 1_449, "cityscapes": 2_975 + 500, "coco": 6_808 + 5_000, "ade20k": 10_105 + 2_000}
+    assert len(samples) == counts[dataset]
     for name in prepare_data.listed_files(samples):
         path = name.replace("labelTrainIds", "labelIds")
         if dataset == "pascal" and path.endswith(".png"):
@@ -637,6 +688,7 @@ def test_a_missing_download_is_named(dataset, made, tmp_path, capsys):
         "pascal": [VOC_TAR, SBD_TGZ],
         "cityscapes": ["leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"],
         "coco": ["train2017.zip", "val2017.zip", "annotations_trainval2017.zip"],
+        "ade20k": ["ADEChallengeData2016.zip"],
     }[dataset]
     error = complaint(capsys, dataset, made, tmp_path / "root")
     assert all(name in error for name in official)

@@ -1,6 +1,7 @@
 """The published lists in splits/, the table that describes them and the recipes that use them."""
 
 import hashlib
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -13,11 +14,12 @@ from dataset.lists import find_unlabeled, read_list
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ROOT / "splits"
-COCO_TRAIN_IMAGES = 118_287  # the folder train2017, which has no list
+FOLDERS = {"coco": ("train2017", 118_287), "ade20k": ("images/training", 20_210)}  # instead of a training list
 ID_PATTERNS = {
     "pascal": re.compile(r"\d{4}_\d{6}"),
     "cityscapes": re.compile(r"[a-z]+_\d{6}_\d{6}"),
     "coco": re.compile(r"\d{12}"),
+    "ade20k": re.compile(r"ADE_(train|val)_\d{8}"),
 }
 
 # Lines, and the start of the SHA-256 of the file: results are only comparable on exactly these images.
@@ -48,6 +50,13 @@ PUBLISHED_LISTS = {
     "coco/1_128/labeled.txt": (925, "1f7b23ead5f9"),
     "coco/1_64/labeled.txt": (1849, "17751cbebd3a"),
     "coco/1_32/labeled.txt": (3697, "c80eccf6d591"),
+    "ade20k/val.txt": (2000, "8a733f0c20d8"),
+    "ade20k/1_64/labeled.txt": (316, "f2d1d4a4bd29"),
+    "ade20k/1_32/labeled.txt": (631, "8d9c607ac60a"),
+    "ade20k/1_16/labeled.txt": (1263, "201de6ae533e"),
+    "ade20k/1_8/labeled.txt": (2526, "a9b3c8120f81"),
+    "ade20k/1_4/labeled.txt": (5052, "10d6de6ba48e"),
+    "ade20k/1_2/labeled.txt": (10105, "32b0667515d6"),
 }
 LABELED_LISTS = [name for name in PUBLISHED_LISTS if name.endswith("labeled.txt")]
 
@@ -55,6 +64,7 @@ PUBLISHED_ITERATIONS = {  # an epoch's, at 4 processes x 2 images
     "pascal": {"92": 1311, "183": 1300, "366": 1277, "732": 1231, "1464": 1140},
     "cityscapes": {"1_16": 349, "1_8": 325, "1_4": 279, "1_2": 186},
     "coco": {"1_512": 14757, "1_256": 14728, "1_128": 14670, "1_64": 14555, "1_32": 14324},
+    "ade20k": {"1_64": 2487, "1_32": 2447, "1_16": 2368, "1_8": 2210, "1_4": 1895},
 }
 
 
@@ -78,8 +88,8 @@ def dataset_of(name: str) -> str:
 @cache
 def unlabeled_images(name: str) -> int:
     """How many images the labelled list `name` leaves unlabelled."""
-    if dataset_of(name) == "coco":
-        return COCO_TRAIN_IMAGES - len(lines(name))
+    if dataset_of(name) in FOLDERS:
+        return FOLDERS[dataset_of(name)][1] - len(lines(name))
     train = SPLITS / dataset_of(name) / "train.txt"
     return len(find_unlabeled(train, "no data is needed", read_list(SPLITS / name)))
 
@@ -101,7 +111,8 @@ def test_a_list_has_the_published_length_and_content(name):
 
 @pytest.mark.parametrize("name", PUBLISHED_LISTS)
 def test_every_line_is_an_image_and_its_label_by_the_datasets_layout(name):
-    dataset, part = dataset_of(name), "val" if name.endswith("val.txt") else "train"
+    dataset = dataset_of(name)
+    part = CATALOG[dataset].parts[name.endswith("val.txt")]
     layout = f"{CATALOG[dataset].image} {CATALOG[dataset].label}"
     for line in lines(name):
         image_id = ID_PATTERNS[dataset].search(line).group()
@@ -118,7 +129,7 @@ def test_no_image_and_no_label_is_listed_twice(name):
     assert len(images(name)) == len(labels(name)) == len(lines(name))
 
 
-@pytest.mark.parametrize("name", [name for name in LABELED_LISTS if dataset_of(name) != "coco"])
+@pytest.mark.parametrize("name", [name for name in LABELED_LISTS if dataset_of(name) not in FOLDERS])
 def test_labelled_lines_are_lines_of_the_training_list(name):
     assert set(lines(name)) < set(lines(f"{dataset_of(name)}/train.txt"))
 
@@ -141,6 +152,11 @@ def test_default_pascal_splits_have_high_quality_labels_only_and_the_others_as_d
     assert share("u2pl_1_16") == 662 and share("u2pl_1_8") == 1323 and share("u2pl_1_4") == 1464
 
 
+def test_ade20k_splits_contain_each_other_as_documented():
+    chain = [images(f"ade20k/{split}/labeled.txt") for split in ("1_64", "1_32", "1_16", "1_8", "1_4", "1_2")]
+    assert all(small < large for small, large in itertools.pairwise(chain))
+
+
 def test_cityscapes_splits_contain_each_other_as_documented():
     chain = [images(f"cityscapes/{split}/labeled.txt") for split in ("1_16", "1_8", "1_4", "1_2")]
     assert chain[0] < chain[1] < chain[2] < chain[3]
@@ -155,7 +171,7 @@ def test_the_unlabelled_count_gives_the_published_iterations_per_epoch(dataset, 
 
 def test_the_readme_states_the_counts_and_iterations_of_every_split():
     stated, dataset = {}, None
-    sections = {"## Pascal VOC 2012": "pascal", "## Cityscapes": "cityscapes", "## COCO": "coco"}
+    sections = {"## Pascal VOC 2012": "pascal", "## Cityscapes": "cityscapes", "## COCO": "coco", "## ADE20K": "ade20k"}
     for line in (SPLITS / "README.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             dataset = sections.get(line)
@@ -172,10 +188,10 @@ def test_a_list_is_smaller_than_one_mebibyte(name):
     assert (SPLITS / name).stat().st_size < 2**20
 
 
-@pytest.mark.parametrize("dataset", CATALOG)
+@pytest.mark.parametrize("dataset", [name for name in CATALOG if (ROOT / "configs" / f"{name}.yaml").is_file()])
 def test_a_published_recipe_names_its_lists_and_evaluates_as_the_catalog_says(dataset):
     recipe = yaml.safe_load((ROOT / "configs" / f"{dataset}.yaml").read_text(encoding="utf-8"))
     assert recipe["dataset"] == dataset
     assert recipe["val_id_path"] == f"splits/{dataset}/val.txt"
-    assert recipe["unlabeled_id_path"] == ("train2017" if dataset == "coco" else f"splits/{dataset}/train.txt")
+    assert recipe["unlabeled_id_path"] == FOLDERS.get(dataset, [f"splits/{dataset}/train.txt"])[0]
     assert recipe["eval_mode"] == CATALOG[dataset].eval_mode

@@ -9,8 +9,9 @@ import importlib
 import io
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,12 +20,13 @@ from PIL import Image
 
 from dataset.catalog import CATALOG, RGB, voc_palette
 from dataset.errors import DataError
-from dataset.files import IGNORE_INDEX
+from dataset.files import IGNORE_INDEX, read_indices
 
 # The Cityscapes ids of the 19 classes in order of trainId (cityscapesscripts, helpers/labels.py). All others are
 # ignored: 0 to 6 (unlabeled, ego vehicle, ..., ground), 9, 10, 14, 15, 16, 18, 29, 30, and the licence plate's -1.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LAST_CITYSCAPES_ID = 33
+ADE20K_CLASSES = 150
 
 
 def require(module: str) -> ModuleType:
@@ -59,6 +61,25 @@ def cityscapes_label(data: bytes) -> np.ndarray:
     train_ids = np.full(256, IGNORE_INDEX, np.uint8)
     train_ids[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
     return train_ids[ids]
+
+
+def ade20k_label(data: bytes) -> np.ndarray:
+    """An annotation of ADE20K's scene parsing set as class indices: uint8 (H, W), the official label minus 1.
+
+    Official 0, "other objects", becomes 255.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        label = np.array(image)
+    if label.ndim != 2 or label.dtype != np.uint8:
+        raise ValueError(f"a {image.mode} image, not one 8-bit channel")
+    if (last := int(label.max())) > ADE20K_CLASSES:
+        raise ValueError(f"labels up to {last}, but the official ones are 0 to {ADE20K_CLASSES}")
+    return label - np.uint8(1)  # 0 wraps around to 255
+
+
+def ade20k_is_converted(labels: Iterable[Path]) -> bool:
+    """Whether labels are class indices already: only these have 255, which official labels have as 0."""
+    return any(IGNORE_INDEX in read_indices(path) for path in labels)
 
 
 class CocoObject(NamedTuple):
@@ -168,13 +189,15 @@ class Recipe:
     """How a dataset is put together. Of several rules that give one file, the first counts that finds it.
 
     `archives` are patterns of the archives' names. With `whole`, images and labels that no list names are taken too.
-    Labels with a `palette` are saved with it, as the dataset's own are.
+    Labels with a `palette` are saved with it, as the dataset's own are. `is_converted` tells prepared labels from the
+    download's, where both have the same paths.
     """
 
     archives: tuple[str, ...]
     rules: tuple[Rule, ...]
     whole: bool = False
     palette: tuple[RGB, ...] | None = None
+    is_converted: Callable[[Iterable[Path]], bool] | None = None
 
 
 _VOC = "VOCtrainval_11-May-2012.tar (The PASCAL VOC Challenge 2012: host.robots.ox.ac.uk/pascal/VOC/voc2012)"
@@ -184,6 +207,7 @@ _SBD = (
 )
 _CITYSCAPES = "(www.cityscapes-dataset.com/downloads)"
 _COCO = "(cocodataset.org/#download)"
+_ADE20K = "ADEChallengeData2016.zip (MIT Scene Parsing Benchmark: sceneparsing.csail.mit.edu)"
 _CITYSCAPES_PATH = r"(?P<part>train|val)/(?P<city>[\w-]+)/(?P<id>[\w-]+)"
 
 
@@ -223,4 +247,11 @@ def _coco() -> Recipe:
     return Recipe(("train2017*", "val2017*", "annotations*", "instances_*"), (*images, labels), whole=True)
 
 
-RECIPES = {"pascal": _pascal(), "cityscapes": _cityscapes(), "coco": _coco()}
+def _ade20k() -> Recipe:
+    info, found = CATALOG["ade20k"], r"(?P<part>training|validation)/(?P<id>ADE_(?:train|val)_\d{8})"
+    images = Rule(_ADE20K, rf"images/{found}\.jpg", info.image)
+    labels = Rule(_ADE20K, rf"annotations/{found}\.png", info.label, ade20k_label)
+    return Recipe(("ADEChallengeData2016*",), (images, labels), whole=True, is_converted=ade20k_is_converted)
+
+
+RECIPES = {"pascal": _pascal(), "cityscapes": _cityscapes(), "coco": _coco(), "ade20k": _ade20k()}
