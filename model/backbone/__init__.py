@@ -1,7 +1,8 @@
-"""Backbones: modules whose `forward(x)` gives two feature maps, c1 at stride 4 and c4 at the output stride.
+"""Backbones: convolutional ones for DeepLabV3+ and DINOv2's for DPT.
 
-Their widths are the attributes `c1_channels` and `c4_channels`; with `checkpoint_activations` set, a block keeps its
-input only and is computed again in the backward pass.
+A convolutional one's `forward(x)` gives two feature maps, c1 at stride 4 and c4 at the output stride, their widths
+being `c1_channels` and `c4_channels`; DINOv2's gives the tokens after four blocks, `width` channels each. With
+`checkpoint_activations` set, a block keeps its input only and is computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from model.backbone.dinov2 import dinov2_base, dinov2_giant, dinov2_large, dinov2_small
 from model.backbone.resnet import resnet18, resnet50, resnet101
 from model.backbone.resnet_tv import resnet50_tv, resnet101_tv
 from model.backbone.xception import xception65
@@ -22,15 +24,24 @@ BACKBONES = {
     "resnet50_tv": resnet50_tv,
     "resnet101_tv": resnet101_tv,
 }
+DINOV2_BACKBONES = {
+    "dinov2_small": dinov2_small,
+    "dinov2_base": dinov2_base,
+    "dinov2_large": dinov2_large,
+    "dinov2_giant": dinov2_giant,
+}
 
 
 def create_backbone(name: str, replace_stride_with_dilation: Sequence[bool] = (False, False, True)) -> nn.Module:
-    """The backbone of that name, freshly initialised.
+    """The backbone of that name, freshly initialised; DINOv2's have no stride to replace.
 
     Raises ValueError for an unknown name or an output stride that the backbone does not have.
     """
+    if name in DINOV2_BACKBONES:
+        return DINOV2_BACKBONES[name]()
     if name not in BACKBONES:
-        raise ValueError(f"backbone: unknown name '{name}', choose one of {', '.join(BACKBONES)}")
+        names = ", ".join([*BACKBONES, *DINOV2_BACKBONES])
+        raise ValueError(f"backbone: unknown name '{name}', choose one of {names}")
     if len(replace_stride_with_dilation) != 3:
         raise ValueError(f"replace_stride_with_dilation: three booleans needed, got {replace_stride_with_dilation}")
     return BACKBONES[name](tuple(bool(dilate) for dilate in replace_stride_with_dilation))

@@ -75,6 +75,7 @@ class DeepLabV3Plus(nn.Module):
     `fp_dropout` is the rate of the channel dropout of the feature perturbation; 0 turns it off.
     """
 
+    size_multiple = 1  # what an image's sides must be multiples of, in pixels
     REDUCED_CHANNELS = 48  # of c1, lest it outweighs the head's output
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,30 @@ def _reference_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         value = n * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
     else:
         value = 0.7 + 0.1 * n
+    return torch.from_numpy(value.astype(np.float32))
+
+
+def reference_state_v2(model_or_shapes: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The state dict for which UniMatch V2's figures were computed (float32), from a model or from names and shapes."""
+    if isinstance(model_or_shapes, nn.Module):
+        model_or_shapes = {name: tensor.shape for name, tensor in model_or_shapes.state_dict().items()}
+    return {name: _reference_tensor_v2(name, tuple(shape)) for name, shape in model_or_shapes.items()}
+
+
+def _reference_tensor_v2(name: str, shape: tuple[int, ...]) -> Tensor:
+    n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("gamma"):
+        value = 0.5 + 0.1 * n
+    elif len(shape) == 4:
+        value = n * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
+        if name.endswith("output_conv.2.weight"):
+            value /= 15
+    elif len(shape) == 2:
+        value = n / math.sqrt(shape[1])
+    elif name.endswith("weight"):
+        value = 0.7 + 0.1 * n
+    else:
+        value = 0.1 * n
     return torch.from_numpy(value.astype(np.float32))
 
 

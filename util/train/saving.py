@@ -10,7 +10,7 @@ from torch import nn
 
 from util.checkpoint import MIDWAY, save_checkpoint
 from util.config import to_dict
-from util.distributed.collectives import DelayedMax
+from util.distributed.collectives import Agreement
 from util.distributed.ddp import unwrap
 from util.errors import Interrupted, TrainingStopped
 from util.run import Run
@@ -44,7 +44,7 @@ class Midway:
     ) -> None:
         self._run, self._model, self._update = run, model, update
         self._metrics, self._done, self._steps, self._signals = metrics, done, steps, signals
-        self._requests = DelayedMax(run.cfg.dist_timeout)
+        self._agreement = Agreement(run.cfg.dist_timeout)
         self._last = metrics.state()  # after an epoch's last step; a run that continues may have no other before it
         self.restart_clock()
 
@@ -59,9 +59,9 @@ class Midway:
         if not wish and self._run.processes.is_main and minutes and time.monotonic() - self._saved >= 60 * minutes:
             wish = self.SAVE
             self.restart_clock()
-        agreed = self._requests.reduce(wish)
+        agreed = self._agreement.exchange(wish)
         if position == self._steps:  # nothing is left on its way while the processes evaluate
-            agreed = max(agreed, self._requests.finish())
+            agreed = max(agreed, self._agreement.settle())
             self._last = self._metrics.state()
         if agreed:
             self._save(position, agreed, self._metrics.state())
@@ -71,7 +71,7 @@ class Midway:
 
         What is saved is the state after the last step, before its metrics were read: they will be logged again.
         """
-        agreed = max(self._requests.reduce(self._signals.received), self._requests.finish())
+        agreed = max(self._agreement.exchange(self._signals.received), self._agreement.settle())
         if agreed:
             self._save(self._steps, agreed, self._last)
 
@@ -85,7 +85,7 @@ class Midway:
             extra = {"position": position, "metrics": metrics, "processes": run.processes.count}
             save_checkpoint({**state, **extra}, run.save_path / MIDWAY)
         if wish > self.SAVE:
-            self._requests.barrier()  # a launcher may end the others when the first has ended
+            self._agreement.wait_for_all()  # a launcher may end the others when the first has ended
             raise Interrupted(
                 wish,
                 f"ended by {signal.Signals(wish).name} after {where}, saved in {run.save_path / MIDWAY}: "

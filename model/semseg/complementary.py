@@ -1,0 +1,22 @@
+"""Complementary dropout: what one strong view's features lose, the other's keep, doubled.
+
+Yang et al., "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", TPAMI 2025 (arXiv 2410.10777).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def complementary_dropout(pairs: int, width: int) -> Tensor:
+    """Factors for the `width` channels of `pairs` samples in two views, (2 * pairs, width): 0, 2 or 1; on the CPU.
+
+    The first half is for the first view. A channel is 0 in one view and 2 in the other, either with probability 1/2;
+    in floor(pairs / 2) random samples all are 1 in both. Drawn from the CPU's generator, in the release's order.
+    """
+    # As torch.distributions.Binomial draws; torch.bernoulli would draw others from the same seed.
+    shape = {"size": (pairs, width), "device": "cpu", "dtype": torch.float32}
+    first = 2 * torch.binomial(torch.full(fill_value=1.0, **shape), torch.full(fill_value=0.5, **shape))
+    first[torch.randperm(pairs, device="cpu")[: pairs // 2]] = 1
+    return torch.cat([first, 2 - first])
