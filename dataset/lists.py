@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dataset.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 ALLOW_OUTSIDE = "allow_outside_root: true permits that"
 
 

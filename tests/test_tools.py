@@ -131,6 +131,54 @@ def test_two_images_of_one_name_are_refused_before_anything_is_written(data, mod
     assert not (tmp_path / "out").exists()
 
 
+def _arguments(data, model, tmp_path) -> list[str]:
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    return ["--config", str(data.config), "--checkpoint", str(tmp_path / "model.pth")]
+
+
+def test_predicting_into_the_folder_of_the_images_leaves_them_alone_and_out_of_the_next_run(data, model, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index, suffix in enumerate(("jpg", "gif", "jfif")):
+        Image.new("RGB", (20, 16), (80 * index, 90, 90)).save(
+            folder / f"{index}.{suffix}", "GIF" if suffix == "gif" else "JPEG"
+        )
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    arguments = _arguments(data, model, tmp_path)
+    for _ in range(2):
+        predict_script.main([*arguments, str(folder), "--out", str(folder)])
+        assert {path: path.read_bytes() for path in before} == before
+        assert sorted(path.name for path in folder.glob("*.png")) == ["0.png", "1.png", "2.png"]
+    (folder / "photo.png").write_bytes((folder / "0.jpg").read_bytes())  # now one input is a PNG
+    with pytest.raises(ValueError, match=r"photo\.png: is the image"):
+        predict_script.main([*arguments, str(folder), "--out", str(folder)])
+    with pytest.raises(ValueError, match=r"photo\.png: is the image"):
+        predict_script.main([*arguments, str(folder), "--out", str(tmp_path / "o"), "--panel", f"{folder}/photo.png"])
+
+
+def test_predictions_never_replace_labels_that_lie_in_the_output_folder(data, model, tmp_path):
+    labels = {path: path.read_bytes() for path in (data.root / "labels").iterdir()}
+    with pytest.raises(ValueError, match=r"labels/.*did not write it"):
+        predict_script.main([*_arguments(data, model, tmp_path), f"{data.root}/images", "--out", f"{data.root}/labels"])
+    assert {path: path.read_bytes() for path in labels} == labels
+
+
+def test_an_unreadable_image_is_told_and_the_others_are_predicted(data, model, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (20, 16)).save(folder / "a.png")
+    (folder / "b.jpg").write_bytes((data.root / "images/val0.jpg").read_bytes()[:300])
+    (folder / "c.png").write_bytes((data.root / "images/val0.jpg").read_bytes())
+    arguments = _arguments(data, model, tmp_path)
+    predict_script.main([*arguments, str(folder), "--out", str(tmp_path / "out")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+    out, err = capsys.readouterr()
+    assert "1 unreadable images were skipped" in out and "b.jpg" in out
+    assert "warning: " in err and "b.jpg" in err and "Traceback" not in err
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
+        predict_script.main([*arguments, str(folder / "b.jpg"), "--out", str(tmp_path / "out2")])
+
+
 def test_a_coloured_label_keeps_its_indices_and_shows_ignored_pixels():
     label = np.array([[0, 1], [2, 255]], np.uint8)
     image = colorize(label, [(10, 20, 30), (40, 50, 60), (70, 80, 90)])

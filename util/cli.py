@@ -26,9 +26,12 @@ from util.errors import (
 )
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser, config_required: bool = True) -> None:
     """Arguments of every entry script that reads a config."""
-    parser.add_argument("--config", required=True, metavar="F", help="recipe, such as configs/pascal.yaml")
+    default = "" if config_required else " (default: the checkpoint's own)"
+    parser.add_argument(
+        "--config", required=config_required, metavar="F", help=f"recipe, such as configs/pascal.yaml{default}"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",

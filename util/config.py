@@ -168,9 +168,16 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
 
     Raises ConfigError, whose one line names the file or override, the key and the way out.
     """
-    resolved = resolve_path(path)
-    values = _read_yaml(resolved, str(path))
-    where = dict.fromkeys(values, str(path))
+    return config_from(_read_yaml(resolve_path(path), str(path)), str(path), overrides)
+
+
+def config_from(values: Mapping[str, Any], path: str, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """The config of these values, such as a checkpoint's; `path` says in errors where they are from.
+
+    Raises ConfigError as `load_config` does.
+    """
+    values = dict(values)
+    where = dict.fromkeys(values, path)
     for key, value, source in _parse_overrides(overrides):
         _assign(values, key, value, source)
         where[key.split(".")[0]] = source
@@ -194,7 +201,7 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
         cfg = Config(**converted)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    _check_rules(cfg, converted, lambda key: where.get(key, str(path)))
+    _check_rules(cfg, converted, lambda key: where.get(key, path))
     return cfg
 
 

@@ -1,0 +1,122 @@
+"""What a tool writes: never over a file that it did not write itself, whole or not at all, and recognised again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from util.errors import ConfigError
+
+# The mark of a file that a tool wrote, and of what it was made: texts of a PNG, a comment of a JPEG or zip.
+MARK, FINGERPRINT = "UniMatch tool output", "Fingerprint"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def check_suffix(option: str, path: str | Path, allowed: Iterable[str]) -> None:
+    """Raise ConfigError if a file that is to be written at the end has another suffix than those `allowed`."""
+    if Path(path).suffix.lower() not in allowed:
+        raise ConfigError(f"{option} {path}: the suffix must be one of {', '.join(allowed)}")
+
+
+def check_targets(targets: Iterable[str | Path], sources: Iterable[tuple[str, str | Path]]) -> None:
+    """Raise ConfigError if a target is one of the `(kind, path)` that are only read, or exists and is not a tool's own.
+
+    Files are compared by identity: neither another spelling of the path nor a link hides a file.
+    """
+    known = {key: (kind, path) for kind, path in sources if (key := identity(path))}
+    for target in map(Path, targets):
+        key = identity(target)
+        if key in known:
+            kind, path = known[key]
+            raise ConfigError(f"{target}: is the {kind} {path}, which would be overwritten: choose another output")
+        if key and not is_own(target):
+            what = "is a folder" if target.is_dir() else "exists, and these tools did not write it"
+            raise ConfigError(f"{target}: {what}: choose another output, or move it away")
+        for folder in target.parents:
+            if folder.exists():
+                if not folder.is_dir():
+                    raise ConfigError(f"{target}: cannot be written: {folder} is no folder: choose another output")
+                break
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """Device and inode of the file that `path` leads to; None if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return status.st_dev, status.st_ino
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether a tool of this project wrote this file."""
+    return read_mark(path) is not None
+
+
+def read_mark(path: str | Path) -> str | None:
+    """What the file was made of, as `mark` was told it; None for a file that no tool of this project wrote."""
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return _marked(archive.comment)
+        if path.suffix in (".json", ".html", ".csv"):
+            with open(path, "rb") as file:
+                head = file.read(500)
+            return "" if MARK.encode() in head else None
+        with Image.open(path) as image:  # the header alone; nothing is decoded
+            if image.info.get("Software") == MARK:
+                return image.info.get(FINGERPRINT, "")
+            return _marked(image.info.get("comment") or b"")
+    except Exception:  # whatever a file that is none of ours makes its reader raise
+        return None
+
+
+def _marked(comment: bytes) -> str | None:
+    if not comment.startswith(MARK.encode()):
+        return None
+    return json.loads(comment[len(MARK) :] or b'""')
+
+
+def comment(fingerprint: str = "") -> bytes:
+    """The mark as a comment of a JPEG or zip file."""
+    return MARK.encode() + json.dumps(fingerprint).encode()
+
+
+def save_picture(image: Image.Image, path: Path, fingerprint: str = "") -> None:
+    """Save a picture, by its suffix, with the mark of the tools. Raises ConfigError."""
+    with writing(path) as file:
+        if path.suffix.lower() == ".png":
+            text = PngInfo()
+            text.add_text("Software", MARK)
+            text.add_text(FINGERPRINT, fingerprint)
+            image.save(file, "PNG", pnginfo=text)
+        else:
+            image.convert("RGB").save(file, "JPEG", quality=92, comment=comment(fingerprint))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is complete; its folder is made. Raises ConfigError.
+
+    Its name until then is always the same, so that a run that continues a killed one leaves nothing behind.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,159 @@
+"""A trained model as the tools use it: the checkpoint's own config, compared with the one given, and its weights."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import build_model, load_checkpoint_state, read_checkpoint
+from util.cli import add_common_arguments
+from util.config import Config, config_from, load_config, resolve_path
+from util.errors import ConfigError
+from util.precision import evaluation_copy, set_precision
+
+# Keys with another value than in training make other logits out of the same weights, if the weights fit at all.
+MODEL_KEYS = ("model", "backbone", "nclass", "channels", "dilations", "replace_stride_with_dilation", "mean", "std")
+# Keys of which the result of a tool depends besides; another value than in training is told.
+RESULT_KEYS = ("eval_mode", "crop_size", "label_map")
+# Of the machine that trained. A checkpoint's config is used without them.
+MACHINE_KEYS = ("device", "workers", "prefetch", "persistent_workers", "pin_memory", "compile")
+MACHINE_KEYS += ("cache", "cache_gb", "cache_dir")
+# What holds the weights of the averaged network beside `model`: here, and in the V2 release.
+TEACHER_KEYS = ("teacher", "model_ema")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint that was read, and the config to use it with; `notes` are lines for the user."""
+
+    path: Path
+    cfg: Config
+    checkpoint: Any
+    weights: str
+    notes: tuple[str, ...]
+
+    def build(self) -> nn.Module:
+        """The network with the checkpoint's weights, on the CPU. Raises WeightsError if they are of another one."""
+        model = build_model(self.cfg, pretrained=False)
+        load_checkpoint_state(model, self.checkpoint, self.path)
+        return model
+
+    def ready(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """That network on `device` in eval mode, not to be trained on."""
+        return evaluation_copy(set_precision(model.to(device), self.cfg))
+
+    def sha256(self) -> str:
+        """Of the checkpoint file, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def files(self, args: argparse.Namespace) -> list[tuple[str, Path]]:
+        """What was read to get here, as `(kind, path)`, none of which a tool may write over."""
+        files = [("checkpoint", self.path)]
+        if args.config is not None:
+            files.append(("config", resolve_path(args.config)))
+        listed = (("validation list", self.cfg.val_id_path), ("unlabelled list", self.cfg.unlabeled_id_path))
+        return files + [(kind, resolve_path(path)) for kind, path in listed if path]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the tools that use a trained model."""
+    add_common_arguments(parser, config_required=False)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="F", help="best.pth, latest.pth or a published checkpoint"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("teacher", "student"),
+        help="of a checkpoint that has both: the averaged network (default) or the trained one",
+    )
+
+
+def open_trained(args: argparse.Namespace) -> Trained:
+    """Read the checkpoint and the config: that of the command line, or else the checkpoint's own.
+
+    Raises ConfigError for a config whose model is not the checkpoint's, WeightsError for an unreadable file.
+    """
+    path = resolve_path(args.checkpoint)
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint.get("config") if isinstance(checkpoint, Mapping) else None
+    saved = saved if isinstance(saved, Mapping) else None
+    own, notes = None, []
+    if saved is not None:
+        portable = {key: value for key, value in saved.items() if key not in MACHINE_KEYS}
+        try:
+            own = config_from(portable, f"{args.checkpoint} (its config)")
+        except ConfigError as error:
+            if args.config is None:
+                raise ConfigError(f"{error}; or give another with --config F") from None
+            notes.append(f"warning: {error}: not compared with {args.config}")
+    if args.config is not None:
+        cfg = load_config(args.config, args.overrides)
+    elif saved is None:
+        raise ConfigError(
+            f"{args.checkpoint}: carries no config, as published checkpoints do: give one with --config F"
+        )
+    else:
+        cfg = config_from(portable, f"{args.checkpoint} (its config)", args.overrides)
+    if own is not None:
+        notes += _compare(own, cfg, args)
+    checkpoint, weights = _choose_weights(checkpoint, args)
+    return Trained(path, cfg, checkpoint, weights, tuple(notes))
+
+
+def _compare(own: Config, cfg: Config, args: argparse.Namespace) -> list[str]:
+    """Notes on what differs from the checkpoint's config.
+
+    A difference that changes the model is refused in a config file, where it is a mistake, and warned of where `--set`
+    asks for it.
+    """
+    asked = {text.partition("=")[0].strip().split(".")[0] for text in args.overrides}
+    notes = []
+    for key in MODEL_KEYS:
+        before, now = getattr(own, key, None), getattr(cfg, key, None)
+        if before == now:
+            continue
+        told = f"{key} is {_shown(now)}, the model of {args.checkpoint} was trained with {_shown(before)}"
+        if key not in asked:
+            raise ConfigError(f"{args.config}: {told}: set it so, or leave --config out and the checkpoint's is used")
+        notes.append(f"warning: --set: {told}")
+    if own.nclass == cfg.nclass and own.classes != cfg.classes:
+        index = next(i for i in range(own.nclass) if own.classes[i] != cfg.classes[i])
+        told = (
+            f"classes differ from those of {args.checkpoint}: class {index} is {cfg.classes[index]!r} here and was "
+            f"{own.classes[index]!r} in training"
+        )
+        if sorted(own.classes) == sorted(cfg.classes) and "classes" not in asked:
+            raise ConfigError(f"{args.config}: {told}; the names are the same in another order: put them back")
+        notes.append(f"warning: {told}")
+    for key in RESULT_KEYS:
+        before, now = getattr(own, key), getattr(cfg, key)
+        if before != now:
+            notes.append(f"note: {key} is {_shown(now)}, in training it was {_shown(before)}")
+    return notes
+
+
+def _choose_weights(checkpoint: Any, args: argparse.Namespace) -> tuple[Any, str]:
+    """The checkpoint with the asked-for network under `model`, and which one it is."""
+    key = next((key for key in TEACHER_KEYS if isinstance(checkpoint, Mapping) and key in checkpoint), None)
+    if key is None:
+        if args.weights == "teacher":
+            raise ConfigError(f"{args.checkpoint}: has no weights of a teacher: leave --weights out")
+        return checkpoint, "model"
+    if args.weights == "student":
+        return checkpoint, "student"
+    return {**checkpoint, "model": checkpoint[key]}, "teacher"
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
