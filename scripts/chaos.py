@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset.prepare.toy import CLASSES, scene
 from model import read_checkpoint
-from util.checkpoint import LATEST, LOG_FILE, MIDWAY
+from util.checkpoint import LATEST, LOG_FILE, MID_EPOCH
 from util.cli import run_main
 from util.config import PROJECT_ROOT
 from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, ConfigError
@@ -159,8 +159,8 @@ def ask_to_end(run: Run, rng: random.Random) -> None:
     run.wait_for_lines(rng.randint(1, 10))
     run.process.send_signal(number)
     run.end(EXIT_SIGNAL + number, 0)
-    if run.process.returncode and not (run.path / MIDWAY).exists():
-        raise Unanswered(f"{number.name}: no {MIDWAY}")
+    if run.process.returncode and not (run.path / MID_EPOCH).exists():
+        raise Unanswered(f"{number.name}: no {MID_EPOCH}")
 
 
 def kill_one_of_two(run: Run, rng: random.Random) -> None:
@@ -209,9 +209,9 @@ def damage(run: Run, rng: random.Random) -> None:
     run.wait_for_lines(rng.randint(0, 3))
     run.process.kill()
     run.end(-signal.SIGKILL, 0)
-    name = rng.choice([name for name in (LATEST, MIDWAY) if (run.path / name).exists()])
+    name = rng.choice([name for name in (LATEST, MID_EPOCH) if (run.path / name).exists()])
     if name == LATEST:
-        (run.path / MIDWAY).unlink(missing_ok=True)
+        (run.path / MID_EPOCH).unlink(missing_ok=True)
     with open(run.path / name, "r+b") as file:
         length = file.seek(0, os.SEEK_END)
         if rng.random() < 0.5:

@@ -422,9 +422,9 @@ def _unread_metrics(rank: int, count: int) -> list[dict[str, float]]:
         for step in range(3):
             metrics.append(step, {"loss": torch.tensor(0.1 * (step + 3 * rank))})
         if through:
-            state = metrics.state()
+            state = metrics.state_dict()
             metrics = StepMetrics()
-            metrics.load_state(state, rank, CPU)
+            metrics.load_state_dict(state, rank, CPU)
         readings.append(metrics.read())
     return readings
 

@@ -73,9 +73,9 @@ def _statistics(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
 BROKEN = [_gradients, _weights, _forward, _statistics]
 
 
-def _train(model, optimizer, numbers, guard=None, broken=None) -> list[dict[str, torch.Tensor]]:
-    """A step for each image; after the first, a step of the `broken` kind too where there is one."""
-    rows = []
+def _train(model, optimizer, numbers, guard=None, broken=None) -> list[bool]:
+    """A step for each image; after the first, a step of the `broken` kind too where there is one. Which were undone."""
+    undone = []
 
     def step(work, image):
         optimizer.zero_grad()
@@ -83,8 +83,7 @@ def _train(model, optimizer, numbers, guard=None, broken=None) -> list[dict[str,
             guard.keep()
         loss = work(model, image)
         optimizer.step()
-        metrics = {"loss": loss.detach()}
-        rows.append(guard.undo(metrics) if guard else metrics)
+        undone.append(bool(guard.undo([loss.detach()])) if guard else False)
 
     def sound(model, image):
         loss = _loss(model, image)
@@ -95,7 +94,7 @@ def _train(model, optimizer, numbers, guard=None, broken=None) -> list[dict[str,
         if broken and position == 1:
             step(broken, _image(99))
         step(sound, _image(number))
-    return rows
+    return undone
 
 
 def _state(model, optimizer) -> list[torch.Tensor]:
@@ -115,9 +114,9 @@ def test_a_step_that_is_not_finite_leaves_no_trace(broken, log):
     model, optimizer = _net()
     twin = copy.deepcopy(model)
     twins = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    guard = NonFiniteGuard(model, optimizer, 5, log)
-    rows = _train(model, optimizer, [0, 1, 2], guard, broken)
-    assert [float(row["skipped"]) for row in rows] == [0, 1, 0, 0]
+    guard = NonFiniteGuard([model], optimizer, 5, log)
+    assert _train(model, optimizer, [0, 1, 2], guard, broken) == [False, True, False, False]
+    assert guard.unreported == 1
     _train(twin, twins, [0, 1, 2])
     for kept, expected in zip(_state(model, optimizer), _state(twin, twins), strict=True):
         assert torch.equal(kept, expected)
@@ -128,11 +127,11 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace_either(log):
     model, optimizer = _net()
     twin = copy.deepcopy(model)
     twins = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    guard = NonFiniteGuard(model, optimizer, 5, log)
+    guard = NonFiniteGuard([model], optimizer, 5, log)
     guard.keep()
     _forward(model, _image(9))
     optimizer.step()
-    guard.undo({})
+    guard.undo([])
     _train(model, optimizer, [0, 1], guard)
     _train(twin, twins, [0, 1])
     assert all(torch.equal(a, b) for a, b in zip(_state(model, optimizer), _state(twin, twins), strict=True))
@@ -141,35 +140,38 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace_either(log):
 def test_gradients_that_a_scaler_looks_after_are_left_to_it(log):
     """It does not step with them; BatchNorm's statistics of a sound forward stay."""
     model, optimizer = _net()
-    guard = NonFiniteGuard(model, optimizer, 5, log, check_gradients=False)
+    guard = NonFiniteGuard([model], optimizer, 5, log, check_gradients=False)
     guard.keep()
     loss = _gradients(model, _image(0))
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert float(guard.undo({"loss": loss.detach()})["skipped"]) == 0
+    assert not guard.undo([loss.detach()])
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
     guard.keep()
-    assert float(guard.undo({"loss": torch.tensor(math.nan)})["skipped"]) == 1
+    assert guard.undo([torch.tensor(math.nan)])
 
 
 def test_undone_steps_do_not_count_in_the_means_of_the_metrics():
     metrics = StepMetrics()
-    for step, (loss, skipped) in enumerate([(1.0, 0.0), (math.nan, 1.0), (3.0, 0.0)]):
-        metrics.append(step, {"loss": torch.tensor(loss), "skipped": torch.tensor(skipped)})
-    assert metrics.read() == {"loss": 2.0, "skipped": 1.0}
-    metrics.append(3, {"loss": torch.tensor(math.inf), "skipped": torch.tensor(1.0)})
-    assert metrics.read() == {"skipped": 1.0}
-    metrics.append(4, {"loss": torch.tensor(math.inf), "skipped": torch.tensor(0.0)})
+    for step, (loss, undone) in enumerate([(1.0, False), (math.nan, True), (3.0, False)]):
+        metrics.append(step, {"loss": torch.tensor(loss)}, torch.tensor(undone))
+    assert metrics.read() == {"loss": 2.0}
+    metrics.append(3, {"loss": torch.tensor(math.inf)}, torch.tensor(True))
+    assert metrics.read() == {}
+    metrics.append(4, {"loss": torch.tensor(math.inf)}, torch.tensor(False))
     with pytest.raises(TrainingStopped, match="iteration 5: loss inf"):
         metrics.read()
 
 
 def test_more_undone_steps_than_the_limit_stop_the_run(log):
-    guard = NonFiniteGuard(*_net(), 3, log)
-    guard.count(2.0, 10)
-    guard.count(0.0, 20)
-    guard.count(1.0, 30)
+    model, optimizer = _net()
+    guard = NonFiniteGuard([model], optimizer, 3, log)
+    for iteration, broken in ((10, 2), (20, 0), (30, 1)):
+        for _ in range(broken):
+            guard.undo([torch.tensor(math.nan)])
+        guard.report(iteration)
+    guard.undo([torch.tensor(math.nan)])
     with pytest.raises(TrainingStopped, match=r"4 steps .* up to iteration 40, more than nonfinite_limit 3"):
-        guard.count(1.0, 40)
+        guard.report(40)
 
 
 # --- runs

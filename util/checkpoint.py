@@ -23,11 +23,11 @@ from model import read_checkpoint
 from util.config import Config, differing_keys
 from util.errors import CheckpointError
 
-LATEST, PREVIOUS, BEST, MIDWAY = "latest.pth", "previous.pth", "best.pth", "midway.pth"
+LATEST, PREVIOUS, BEST, MID_EPOCH = "latest.pth", "previous.pth", "best.pth", "midway.pth"
 EPOCHS = "epoch-*.pth"
 LOG_FILE, CONFIG_FILE = "train.log", "config.yaml"
 # What a run writes into its save path; `--resume never` moves these aside.
-RESULTS = (LATEST, PREVIOUS, BEST, MIDWAY, EPOCHS, "*.damaged-*", LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
+RESULTS = (LATEST, PREVIOUS, BEST, MID_EPOCH, EPOCHS, "*.damaged-*", LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
 NUMBER = (int, float)
 KINDS = {"model": dict, "optimizer": dict, "epoch": int, "iteration": int, "previous_best": NUMBER, "config": dict}
@@ -92,7 +92,7 @@ def save_epoch(state: Mapping[str, Any], save_path: Path, improved: bool, keep_l
         copy_checkpoint(latest, save_path / EPOCHS.replace("*", f"{state['epoch']:04}"))
         for old in sorted(save_path.glob(EPOCHS))[:-keep_last]:
             _remove(old)
-    _remove(save_path / MIDWAY)
+    _remove(save_path / MID_EPOCH)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -129,7 +129,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         if state := _read_whole(path, damaged):
             whole[path] = state
             break
-    midway = save_path / MIDWAY
+    midway = save_path / MID_EPOCH
     state = _read_whole(midway, damaged)
     if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
         _check_settings(midway, state, cfg, run)
@@ -177,7 +177,7 @@ def _read_whole(path: Path, damaged: list[Path]) -> dict[str, Any] | None:
     if state is None:
         damaged.append(path)
         return None
-    needed = (*NEEDED, "position", "metrics", "processes") if path.name == MIDWAY else NEEDED
+    needed = (*NEEDED, "position", "metrics", "processes") if path.name == MID_EPOCH else NEEDED
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed: it has no {', '.join(missing)} {CHOICES}")
@@ -205,7 +205,7 @@ def tidy(save_path: Path, damaged: Iterable[Path]) -> None:
     """Keep damaged checkpoints under another name, and remove the unfinished files that a killed run left behind."""
     for path in damaged:
         path.rename(aside_name(path))
-    for name in (LATEST, PREVIOUS, BEST, MIDWAY, CONFIG_FILE):
+    for name in (LATEST, PREVIOUS, BEST, MID_EPOCH, CONFIG_FILE):
         _remove(save_path / f"{name}.tmp")
 
 

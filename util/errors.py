@@ -23,6 +23,9 @@ class SavePathError(ValueError):
     """The save path is in use by another run, or cannot be written; the message is one line for the user."""
 
 
+EARLIER_KEPT = (
+    "checkpoints of earlier epochs are kept (too high an lr, or data with extreme values, are the usual causes)"
+)
 USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError, SavePathError)
 
 

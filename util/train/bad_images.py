@@ -1,27 +1,27 @@
-"""Counting unreadable images that were replaced in training."""
+"""Unreadable images that were replaced in training: named, counted, and limited."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dataset import DataError
+from dataset.loader import ReplacingLoader
 from util.distributed.collectives import gather_objects
 from util.log import RunLog
 
 
 class BadImages:
-    """Names each unreadable file once in the log, counts the samples that were replaced, and stops beyond a limit."""
+    """Names each unreadable file of `loader` once in the log, counts the replaced samples, and stops at a limit."""
 
-    def __init__(self, limit: int, log: RunLog) -> None:
-        self._limit, self._log = limit, log
+    def __init__(self, loader: ReplacingLoader, limit: int, log: RunLog) -> None:
+        self._loader, self._limit, self._log = loader, limit, log
         self._samples, self._known = 0, set[str]()
 
-    def count(self, faults: Sequence[str]) -> None:
-        """Count `faults`, messages of this process, and those of all others; every process calls this alike.
+    def report(self) -> None:
+        """Log what was replaced on all processes since the last call; call it on all of them.
 
-        Raises DataError, on every process, when there have been more different ones than the limit.
+        Raises DataError, on every process, once more different files than the limit were unreadable.
         """
-        faults = [fault for own in gather_objects(list(faults)) for fault in own]
+        faults = [fault for own in gather_objects(self._loader.faults) for fault in own]
+        self._loader.faults.clear()
         if not faults:
             return
         self._samples += len(faults)

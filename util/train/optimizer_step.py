@@ -1,4 +1,4 @@
-"""How a step changes the weights: the optimiser, fp16's gradient scaler, and the guard against bad numbers."""
+"""One training step: the method's losses and gradients, then the optimiser, fp16's gradient scaler and the guard."""
 
 from __future__ import annotations
 
@@ -8,68 +8,83 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
+from model import load_checkpoint_state
 from util.checkpoint import load_optimizer
+from util.distributed.ddp import unwrap
 from util.precision import build_scaler
 from util.run import Run
-from util.train.guard import Guard
+from util.train.nonfinite import NonFiniteGuard
 
-# A step gets a batch on the device and the function that back-propagates a part of the loss; it returns its metrics.
+# A method's step gets a batch on the device and the function that back-propagates a part of the loss. It returns its
+# metrics, 0-dim tensors.
 TrainStep = Callable[[Any, Callable[[torch.Tensor], None]], dict[str, torch.Tensor]]
 
 
-class Update:
-    """The optimiser with what the config puts around it; nothing here waits for the device but `report`."""
+class OptimizerStep:
+    """The model, its optimiser, and what the config puts around them: everything that a step changes.
 
-    def __init__(
-        self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader, train_step: TrainStep
-    ) -> None:
-        self.optimizer, self._train_step, self._log = optimizer, train_step, run.log
+    `run` never waits for the device.
+    """
+
+    def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_step: TrainStep) -> None:
+        self.model, self.optimizer, self._train_step, self._log = model, optimizer, train_step, run.log
         self._scaler = build_scaler(run.cfg, run.device)
-        self._guard = Guard(run, model, optimizer, loader, check_gradients=not self._scaler.is_enabled())
-        self._left_out: list[torch.Tensor] = []
+        self._left_out: list[torch.Tensor] = []  # one flag per step since the last report
         if self._scaler.is_enabled():
             optimizer.register_step_pre_hook(self._note_left_out)
+        self._guard = None
+        if run.cfg.on_nonfinite == "skip":
+            check_gradients = not self._scaler.is_enabled()
+            self._guard = NonFiniteGuard([model], optimizer, run.cfg.nonfinite_limit, run.log, check_gradients)
 
-    def step(self, batch: Any) -> dict[str, torch.Tensor]:
-        """One training step on a batch that is on the device; returns its metrics."""
+    def run(self, batch: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Take a step on a batch that is on the device. Returns its metrics, and whether it was undone (None: no)."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._guard.keep()
+        if self._guard:
+            self._guard.keep()
         metrics = self._train_step(batch, self._backward)
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        return self._guard.undo(metrics)
+        return metrics, self._guard.undo(metrics.values()) if self._guard else None
 
-    def report(self, means: dict[str, float], iteration: int) -> None:
-        """Log what was left out, undone or replaced up to `iteration` (from 1), and take it out of the `means`.
-
-        Raises TrainingStopped or DataError, on every process, beyond the config's limits.
-        """
+    def report(self, iteration: int) -> None:
+        """Log what was left out or undone up to `iteration` (from 1). Raises TrainingStopped beyond nonfinite_limit."""
         if self._left_out and (count := int(torch.stack(self._left_out).sum())):
             steps = f"{count} step{'s' * (count > 1)}"
             self._log.info(
                 f"{steps} left out by the gradient scaler, which lowers its scale, up to iteration {iteration}"
             )
         self._left_out.clear()
-        self._guard.report(means, iteration)
+        if self._guard:
+            self._guard.report(iteration)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         scaler = {"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}
-        return {"optimizer": self.optimizer.state_dict(), **scaler}
+        return {"model": unwrap(self.model).state_dict(), "optimizer": self.optimizer.state_dict(), **scaler}
 
-    def load_state(self, state: dict[str, Any], path: Path) -> None:
-        """Take up what `state` holds; raises CheckpointError, which names the file `path`."""
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Take up what `state` holds. Raises WeightsError or CheckpointError, which name the file `path`."""
+        load_checkpoint_state(unwrap(self.model), state, path)
         load_optimizer(self.optimizer, state["optimizer"], path)
         if "scaler" in state:
             self._scaler.load_state_dict(state["scaler"])
+
+    def unreported(self) -> dict[str, int]:
+        """What `report` has not counted yet, for a mid-epoch checkpoint."""
+        return {"undone": self._guard.unreported} if self._guard else {}
+
+    def load_unreported(self, state: dict[str, Any]) -> None:
+        """Count what `state` holds in the next report."""
+        if self._guard:
+            self._guard.unreported = state.get("undone", 0)
 
     def _backward(self, part: torch.Tensor) -> None:
         self._scaler.scale(part).backward()
 
     def _note_left_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # An optimiser that knows of the scaler, as the fused one does, is told whether this step is to be left out.
+        # The scaler tells an optimiser that knows of it, as the fused one does, whether to leave this step out.
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self._left_out.append(found.detach().clone())

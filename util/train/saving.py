@@ -1,112 +1,136 @@
-"""Saving within an epoch, and ending there when a signal asks for it; what a checkpoint holds."""
+"""When a checkpoint is written and what it holds: after each epoch, within one, and when a signal ends the run."""
 
 from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
-from util.checkpoint import MIDWAY, save_checkpoint
+from model import read_checkpoint
+from util.checkpoint import MID_EPOCH, save_checkpoint, save_epoch
 from util.config import to_dict
-from util.distributed.collectives import Agreement
+from util.distributed.collectives import Agreement, gather
 from util.distributed.ddp import unwrap
-from util.errors import Interrupted, TrainingStopped
+from util.errors import EARLIER_KEPT, CheckpointError, Interrupted, TrainingStopped
 from util.run import Run
 from util.signals import StopSignals
-from util.train.optimizer_step import Update
-
-if TYPE_CHECKING:
-    from util.train.step_metrics import StepMetrics
-
-KEPT = "checkpoints of earlier epochs are kept (too high an lr, or data with extreme values, are the usual causes)"
+from util.train.optimizer_step import OptimizerStep
+from util.train.progress import Progress
+from util.train.step_metrics import StepMetrics
 
 
-class Midway:
-    """Saves within an epoch: every `checkpoint_minutes`, and when a signal asks the run to end.
+class Saver:
+    """Writes a run's checkpoints, and loads the one that it continues from.
 
-    `metrics` that are not read yet, those of each process, are saved as well, so that a run that continues logs what
-    one without interruption does. `done` says what epochs are done; `steps` is an epoch's length.
+    A mid-epoch checkpoint is written every `checkpoint_minutes`, and when a signal asks the run to end. It also holds
+    what the log has not told yet, so that a resumed run logs what an uninterrupted one does.
     """
 
-    SAVE = 1  # a process's wish; numbers of signals are greater
+    SAVE = 1  # what a process asks for; the numbers of signals are greater
 
     def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        update: Update,
-        metrics: StepMetrics,
-        done: dict[str, Any],
-        steps: int,
-        signals: StopSignals,
+        self, run: Run, step: OptimizerStep, metrics: StepMetrics, progress: Progress, signals: StopSignals
     ) -> None:
-        self._run, self._model, self._update = run, model, update
-        self._metrics, self._done, self._steps, self._signals = metrics, done, steps, signals
+        self._run, self._step, self._metrics, self._progress, self._signals = run, step, metrics, progress, signals
         self._agreement = Agreement(run.cfg.dist_timeout)
-        self._last = metrics.state()  # after an epoch's last step; a run that continues may have no other before it
-        self.restart_clock()
+        self._unlogged: dict[str, Any] = {}  # after an epoch's last step, before it is logged
+        self._saved_at = time.monotonic()
 
-    def restart_clock(self) -> None:
-        """Count the minutes to the next save from now."""
-        self._saved = time.monotonic()
+    def resume(self) -> None:
+        """Load the run's checkpoint, if there is one, and say where training stands."""
+        run, progress = self._run, self._progress
+        state = read_checkpoint(run.checkpoint) if run.checkpoint else None
+        iterations = gather(torch.tensor(state["iteration"] if state else 0, device=run.device))
+        if len(iterations.unique()) > 1:
+            raise CheckpointError(
+                f"{run.save_path}: the processes see different checkpoints there (after {iterations.tolist()} "
+                "iterations): it must be one folder on all machines"
+            )
+        if state is None:
+            return
+        self._step.load_state_dict(state, run.checkpoint)
+        progress.load_state_dict(state)
+        if metrics := state.get("metrics"):
+            self._metrics.load_state_dict(metrics, run.processes.rank, run.device)
+            # Earlier versions did not save the number of undone steps, only the rows' flags.
+            undone = 0 if metrics["rows"] is None else int(metrics["rows"][0, :, -1].sum())
+            self._step.load_unreported({"undone": undone, **state})
+        self._unlogged = self._collect_unlogged()  # the run may take no other step before it evaluates
+        within = f" and {progress.position} of {progress.steps} iterations of the next" if progress.position else ""
+        best = f"best mIoU {progress.previous_best:.2f}" if progress.best_epoch else "none was evaluated"
+        run.log.info(
+            f"continuing from {run.checkpoint}: {progress.epoch} of {run.cfg.epochs} epochs are done{within}, {best}"
+        )
+        if state["iteration"] != progress.iteration:
+            run.log.info(
+                f"note: an epoch had {state['iteration'] // progress.epoch} iterations and has {progress.steps} now, "
+                "since the number of processes changed; the schedule goes on from the same epoch"
+            )
 
-    def after_step(self, position: int) -> None:
-        """Save if it is time after `position` steps of the epoch. Raises Interrupted if a signal came, after saving."""
+    def save_epoch(self, improved: bool) -> None:
+        """Save after an epoch; as the best one too if it `improved`."""
+        if self._run.processes.is_main:
+            save_epoch(self._state(), self._run.save_path, improved, self._run.cfg.keep_last)
+        self._saved_at = time.monotonic()
+
+    def after_step(self) -> None:
+        """Save within the epoch if it is time to. If a signal came to any process, save and raise Interrupted."""
         minutes = self._run.cfg.checkpoint_minutes
         wish = self._signals.received
-        if not wish and self._run.processes.is_main and minutes and time.monotonic() - self._saved >= 60 * minutes:
+        if not wish and self._run.processes.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes:
             wish = self.SAVE
-            self.restart_clock()
+            self._saved_at = time.monotonic()
         agreed = self._agreement.exchange(wish)
-        if position == self._steps:  # nothing is left on its way while the processes evaluate
+        if self._progress.position == self._progress.steps:
+            # No answer may be on its way while the processes evaluate.
             agreed = max(agreed, self._agreement.settle())
-            self._last = self._metrics.state()
+            self._unlogged = self._collect_unlogged()
         if agreed:
-            self._save(position, agreed, self._metrics.state())
+            self._save_mid_epoch(agreed, self._collect_unlogged())
 
     def stop_if_asked(self) -> None:
-        """After the epoch's steps: save and raise Interrupted if a signal came to any process.
+        """After the epoch's evaluation: if a signal came to any process, save and raise Interrupted.
 
-        What is saved is the state after the last step, before its metrics were read: they will be logged again.
+        The state saved is that of the last step before its metrics were logged: a resumed run logs them again.
         """
         agreed = max(self._agreement.exchange(self._signals.received), self._agreement.settle())
         if agreed:
-            self._save(self._steps, agreed, self._last)
+            self._save_mid_epoch(agreed, self._unlogged)
 
-    def _save(self, position: int, wish: int, metrics: dict[str, Any]) -> None:
-        run, epoch = self._run, self._done["epoch"]
-        where = f"iteration {position}/{self._steps} of epoch {epoch + 1}"
-        check_finite(self._model, where)
+    def _state(self) -> dict[str, Any]:
+        """A checkpoint: weights, optimiser and progress, and the settings and lists that they belong to."""
+        return {
+            **self._step.state_dict(),
+            **self._progress.state_dict(),
+            "config": to_dict(self._run.cfg),
+            "run": self._run.identity,
+        }
+
+    def _collect_unlogged(self) -> dict[str, Any]:
+        return {"metrics": self._metrics.state_dict(), **self._step.unreported()}
+
+    def _save_mid_epoch(self, wish: int, unlogged: dict[str, Any]) -> None:
+        run, progress = self._run, self._progress
+        where = f"iteration {progress.position}/{progress.steps} of epoch {progress.epoch + 1}"
+        check_finite(self._step.model, where)
         if run.processes.is_main:
-            state = checkpoint_state(run, self._model, self._update, self._done)
-            state["iteration"] = epoch * self._steps + position
-            extra = {"position": position, "metrics": metrics, "processes": run.processes.count}
-            save_checkpoint({**state, **extra}, run.save_path / MIDWAY)
+            state = {**self._state(), **unlogged, "processes": run.processes.count}
+            save_checkpoint(state, run.save_path / MID_EPOCH)
         if wish > self.SAVE:
-            self._agreement.wait_for_all()  # a launcher may end the others when the first has ended
+            self._agreement.wait_for_all()  # a launcher may end the others as soon as the first one ends
             raise Interrupted(
                 wish,
-                f"ended by {signal.Signals(wish).name} after {where}, saved in {run.save_path / MIDWAY}: "
+                f"ended by {signal.Signals(wish).name} after {where}, saved in {run.save_path / MID_EPOCH}: "
                 "the same command continues from there",
             )
 
 
-def checkpoint_state(run: Run, model: nn.Module, update: Update, done: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    return {
-        "model": unwrap(model).state_dict(),
-        **update.state(),
-        **done,
-        "config": to_dict(run.cfg),
-        "run": run.identity,
-    }
-
-
 def check_finite(model: nn.Module, where: str) -> None:
-    """Raise TrainingStopped if an update, which no loss has seen yet, broke the weights."""
+    """Raise TrainingStopped if weights or statistics are not finite: no loss has seen the last update yet."""
     broken = [name for name, tensor in unwrap(model).state_dict().items() if not tensor.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise TrainingStopped(f"weights are not finite after {where}: {broken[0]}{more}; {KEPT}")
+        raise TrainingStopped(f"weights are not finite after {where}: {broken[0]}{more}; {EARLIER_KEPT}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,19 +126,22 @@ def test_a_label_of_another_size_is_found_in_mid_training_too(data):
 
 
 def test_each_file_is_named_once_and_the_limit_is_of_files(tmp_path, capsys):
+    loader = SimpleNamespace(faults=[])
     with RunLog(tmp_path, active=True) as log:
-        images = BadImages(2, log)
-        images.count(["a.jpg: broken", "b.jpg: gone", "a.jpg: broken"])
-        images.count([])
-        images.count(["b.jpg: gone"] * 5)
+        images = BadImages(loader, 2, log)
+        for faults in (["a.jpg: broken", "b.jpg: gone", "a.jpg: broken"], [], ["b.jpg: gone"] * 5):
+            loader.faults += faults
+            images.report()
+            assert loader.faults == []
         assert capsys.readouterr().out.splitlines() == [
             "skipped: a.jpg: broken",
             "skipped: b.jpg: gone",
             "3 samples replaced so far, 2 unreadable images (bad_image_limit: 2)",
             "8 samples replaced so far, 2 unreadable images (bad_image_limit: 2)",
         ]
+        loader.faults.append("c.jpg: gone")
         with pytest.raises(DataError, match=r"^c\.jpg: gone; 3 unreadable images, more than bad_image_limit 2$"):
-            images.count(["c.jpg: gone"])
+            images.report()
 
 
 # --- runs

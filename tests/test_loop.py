@@ -81,8 +81,8 @@ def test_every_step_of_every_process_has_a_seed_of_its_own():
 def test_speed_waiting_and_time_left_follow_from_the_clock(monkeypatch):
     now = iter(float(second) for second in itertools.count())  # every look at the clock takes a second
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
-    timer = clock.Clock(steps=4, epochs=3, first_epoch=1)  # at 0
-    batches = timer.waits("abcd")
+    timer = clock.Clock(done=4, total=12)  # at 0
+    batches = timer.time_waits("abcd")
     assert [next(batches), next(batches)] == ["a", "b"]  # 1 to 2 and 3 to 4
     # At 5: 6 of 12 iterations are done, 2 of them in these 5 s, of which 2 were waiting; 6 are left at 2.5 s each.
     assert timer.lap(6, images=10) == "4.0 images/s  data 40%  ETA 0:00:15"
