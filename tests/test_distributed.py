@@ -34,7 +34,7 @@ from unimatch import unimatch_step
 from util.cli import run_main
 from util.distributed import watchdog as faults
 from util.distributed.batchnorm import SyncBatchNormCPU
-from util.distributed.collectives import Agreement, all_reduce_sum, process_count
+from util.distributed.collectives import DelayedMax, all_reduce_sum, process_count
 from util.distributed.ddp import distribute, unwrap
 from util.distributed.group import process_group
 from util.distributed.launch import Processes, choose_device, find_processes, port_is_free
@@ -401,17 +401,17 @@ def test_a_fault_of_one_process_ends_the_others_and_one_tells_why(tmp_path, faul
         assert member.exitcode == status or status is None
 
 
-def _wishes(rank: int, count: int) -> list[int]:
-    agreement = Agreement(60)
-    answers = [agreement.exchange(wish if rank == step % count else 0) for step, wish in enumerate((0, 0, 15, 1, 0))]
-    answers.append(agreement.settle())
-    agreement.wait_for_all()
-    return [*answers, agreement.settle()]
+def _maxima(rank: int, count: int) -> list[int]:
+    requests = DelayedMax(60)
+    maxima = [requests.reduce(number if rank == step % count else 0) for step, number in enumerate((0, 0, 15, 1, 0))]
+    maxima.append(requests.finish())
+    requests.barrier()
+    return [*maxima, requests.finish()]
 
 
-def test_all_processes_agree_on_the_greatest_wish_one_step_later(tmp_path):
-    assert _run(_wishes, 2, tmp_path) == [[0, 0, 0, 15, 1, 0, 0]] * 2
-    assert _wishes(0, 1) == [0, 0, 15, 1, 0, 0, 0]  # alone there is nothing to wait for
+def test_all_processes_get_the_greatest_request_one_step_later(tmp_path):
+    assert _run(_maxima, 2, tmp_path) == [[0, 0, 0, 15, 1, 0, 0]] * 2
+    assert _maxima(0, 1) == [0, 0, 15, 1, 0, 0, 0]  # alone there is nothing to wait for
 
 
 def _unread_metrics(rank: int, count: int) -> list[dict[str, float]]:

@@ -38,11 +38,11 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-class Agreement:
-    """What all processes agree on: the greatest of their wishes, numbers from 0.
+class DelayedMax:
+    """The greatest of all processes' numbers (from 0), one call late: for requests such as "stop" and "save".
 
-    The answer comes one call late. So it is on its way during a step, and nobody waits for it, nor for a GPU: the
-    numbers go between the processors, in a gloo group of their own. Make it on all processes alike.
+    The delay hides the all-reduce behind a training step, so that no process waits for it, nor for a GPU: it runs on
+    the CPU, in a gloo group of its own. Create it on all processes, in the same order.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -51,24 +51,24 @@ class Agreement:
         )
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, wish: int) -> int:
-        """Send this call's wish; the answer to those of the call before (with one process, to this one)."""
+    def reduce(self, number: int) -> int:
+        """Send this call's number; returns the maximum of the call before (a process alone: of this call)."""
         if self._group is None:
-            return wish
-        answer = self.settle()
-        tensor = torch.tensor([wish])
+            return number
+        maximum = self.finish()
+        tensor = torch.tensor([number])
         self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True), tensor
-        return answer
+        return maximum
 
-    def settle(self) -> int:
-        """The answer that is still on its way, 0 if none is."""
+    def finish(self) -> int:
+        """Wait for the pending all-reduce: its maximum, or 0 if none is pending."""
         if self._pending is None:
             return 0
         (work, tensor), self._pending = self._pending, None
         work.wait()
         return int(tensor)
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when all processes have called this."""
         if self._group is not None:
             dist.barrier(self._group)

@@ -12,7 +12,7 @@ from torch import nn
 from model import read_checkpoint
 from util.checkpoint import MID_EPOCH, save_checkpoint, save_epoch
 from util.config import to_dict
-from util.distributed.collectives import Agreement, gather
+from util.distributed.collectives import DelayedMax, gather
 from util.distributed.ddp import unwrap
 from util.errors import EARLIER_KEPT, CheckpointError, Interrupted, TrainingStopped
 from util.run import Run
@@ -35,7 +35,7 @@ class Saver:
         self, run: Run, step: OptimizerStep, metrics: StepMetrics, progress: Progress, signals: StopSignals
     ) -> None:
         self._run, self._step, self._metrics, self._progress, self._signals = run, step, metrics, progress, signals
-        self._agreement = Agreement(run.cfg.dist_timeout)
+        self._requests = DelayedMax(run.cfg.dist_timeout)
         self._unlogged: dict[str, Any] = {}  # after an epoch's last step, before it is logged
         self._saved_at = time.monotonic()
 
@@ -79,14 +79,14 @@ class Saver:
     def after_step(self) -> None:
         """Save within the epoch if it is time to. If a signal came to any process, save and raise Interrupted."""
         minutes = self._run.cfg.checkpoint_minutes
-        wish = self._signals.received
-        if not wish and self._run.processes.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes:
-            wish = self.SAVE
+        request = self._signals.received
+        if not request and self._run.processes.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes:
+            request = self.SAVE
             self._saved_at = time.monotonic()
-        agreed = self._agreement.exchange(wish)
+        agreed = self._requests.reduce(request)
         if self._progress.position == self._progress.steps:
-            # No answer may be on its way while the processes evaluate.
-            agreed = max(agreed, self._agreement.settle())
+            # No request may be pending while the processes evaluate.
+            agreed = max(agreed, self._requests.finish())
             self._unlogged = self._collect_unlogged()
         if agreed:
             self._save_mid_epoch(agreed, self._collect_unlogged())
@@ -96,7 +96,7 @@ class Saver:
 
         The state saved is that of the last step before its metrics were logged: a resumed run logs them again.
         """
-        agreed = max(self._agreement.exchange(self._signals.received), self._agreement.settle())
+        agreed = max(self._requests.reduce(self._signals.received), self._requests.finish())
         if agreed:
             self._save_mid_epoch(agreed, self._unlogged)
 
@@ -112,18 +112,18 @@ class Saver:
     def _collect_unlogged(self) -> dict[str, Any]:
         return {"metrics": self._metrics.state_dict(), **self._step.unreported()}
 
-    def _save_mid_epoch(self, wish: int, unlogged: dict[str, Any]) -> None:
+    def _save_mid_epoch(self, request: int, unlogged: dict[str, Any]) -> None:
         run, progress = self._run, self._progress
         where = f"iteration {progress.position}/{progress.steps} of epoch {progress.epoch + 1}"
         check_finite(self._step.model, where)
         if run.processes.is_main:
             state = {**self._state(), **unlogged, "processes": run.processes.count}
             save_checkpoint(state, run.save_path / MID_EPOCH)
-        if wish > self.SAVE:
-            self._agreement.wait_for_all()  # a launcher may end the others as soon as the first one ends
+        if request > self.SAVE:
+            self._requests.barrier()  # a launcher may end the others as soon as the first one ends
             raise Interrupted(
-                wish,
-                f"ended by {signal.Signals(wish).name} after {where}, saved in {run.save_path / MID_EPOCH}: "
+                request,
+                f"ended by {signal.Signals(request).name} after {where}, saved in {run.save_path / MID_EPOCH}: "
                 "the same command continues from there",
             )
 
