@@ -12,13 +12,13 @@ from util.config import (
     NOT_SHAPING,
     PROJECT_ROOT,
     Config,
+    Criterion,
     check_batch,
     differing_keys,
     load_config,
     resolve_path,
     to_dict,
 )
-from util.convert import Criterion
 from util.errors import ConfigError
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
@@ -554,6 +554,14 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
         "lr: 0.01 -> 0.5",
         "unlabeled_id_path: None -> u.txt",
     ]
+
+
+def test_a_checkpoint_older_than_a_key_was_trained_with_its_default(write):
+    saved = to_dict(load_config(write()))
+    del saved["cutmix_partner"]
+    assert differing_keys(saved, load_config(write())) == []
+    other = load_config(write(), {"cutmix_partner": "other_image"})
+    assert differing_keys(saved, other) == ["cutmix_partner: same_image -> other_image"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scripts.benchmark import naive as naive
 from tests.reference import formulas
 from util import losses
-from util.convert import Criterion
+from util.config import Criterion
 from util.losses import CrossEntropy, OhemCrossEntropy, build_criterion, kth_smallest, pixel_cross_entropy
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())

@@ -18,7 +18,7 @@ from supervised import supervised_step
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state
 from unimatch import unimatch_step
-from util.convert import Criterion
+from util.config import Criterion
 from util.losses import build_criterion
 from util.schedule import build_optimizer, set_poly_lr
 

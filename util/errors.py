@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 from dataset import DataError
 from model import WeightsError
 
@@ -53,3 +57,21 @@ def error_line(error: Exception) -> str:
     for kind in USER_ERRORS:
         line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
     return line
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word nearest to a mistyped one; empty if none is near."""
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word)[:80].lower(), lower, n=1)
+    return f" (did you mean '{lower[near[0]]}'?)" if near else ""
+
+
+def quoted(value: Any) -> str:
+    """A value as a message shows it, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: object) -> str:
+    """Its text without line breaks."""
+    return " ".join(str(error).split())

@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from util.convert import one_line, quoted
-from util.errors import ConfigError
+from util.errors import ConfigError, one_line, quoted
 
 
 class RefusedYAML(yaml.MarkedYAMLError):

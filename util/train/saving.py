@@ -80,7 +80,12 @@ class Saver:
         """Save within the epoch if it is time to. If a signal came to any process, save and raise Interrupted."""
         minutes = self._run.cfg.checkpoint_minutes
         request = self._signals.received
-        if not request and self._run.processes.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes:
+        if (
+            not request
+            and self._run.processes.is_main
+            and minutes
+            and time.monotonic() - self._saved_at >= 60 * minutes
+        ):
             request = self.SAVE
             self._saved_at = time.monotonic()
         agreed = self._requests.reduce(request)

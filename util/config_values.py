@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from util.errors import ConfigError
+from util.config_schema import Criterion
+from util.errors import ConfigError, quoted, suggest
 
 CRITERIA = ("CELoss", "OHEM")
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """The supervised loss: `CELoss`, or `OHEM` with its two numbers (see util.losses)."""
-
-    name: str = "CELoss"
-    thresh: float = 0.7
-    min_kept: int = 200_000
 
 
 def without_kwargs(criterion: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +22,7 @@ def without_kwargs(criterion: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in criterion.items() if key != "kwargs"} | kwargs
 
 
-def _convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
+def convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """`value`, as YAML gives it, as the field's type; numbers are checked against the field's range."""
     if hint is Criterion:
         return convert_criterion(value)
@@ -46,7 +36,7 @@ def _convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
             return None
         kinds = [kind for kind in args if kind is not type(None)]
         exact = [kind for kind in kinds if typing.get_origin(kind) is None and isinstance(value, kind)]
-        return _convert(value, (exact or kinds)[0], limits)
+        return convert(value, (exact or kinds)[0], limits)
     if origin is tuple:
         return _convert_tuple(value, args, limits)
     if origin is dict:
@@ -69,7 +59,7 @@ def _convert_tuple(value: Any, args: tuple[Any, ...], limits: Mapping[str, Any])
         raise ConfigError(f"expected {len(args)} values, found {quoted(value)}")
     if args[0] is str:  # class names such as `1`, `yes` or `null` come out of YAML as something else
         value = [item if isinstance(item, (str, list, dict)) else str(item) for item in value]
-    return tuple(_convert(item, args[0], limits) for item in value)
+    return tuple(convert(item, args[0], limits) for item in value)
 
 
 def convert_label_map(value: Any) -> dict[int, int] | None:
@@ -146,18 +136,3 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain_values(item) for key, item in value.items()}
     return [plain_values(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(word)[:80].lower(), lower, n=1)
-    return f" (did you mean '{lower[near[0]]}'?)" if near else ""
-
-
-def quoted(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())

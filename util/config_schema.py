@@ -1,0 +1,170 @@
+"""The configuration's schema: every key of a recipe with its type, documentation, default and range.
+
+A new key is one line here. Rules over several keys are in util/config_rules.py.
+"""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+from dataset.catalog import CATALOG, voc_palette
+from model import BACKBONES
+from util.errors import ConfigError, quoted, suggest
+
+EvalMode = Literal["original", "sliding_window", "center_crop"]
+EVAL_MODES = typing.get_args(EvalMode)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The supervised loss: `CELoss`, or `OHEM` with its two numbers (see util.losses)."""
+
+    name: str = "CELoss"
+    thresh: float = 0.7
+    min_kept: int = 200_000
+
+
+def _key(
+    doc: str,
+    default: Any = MISSING,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    shapes: bool = True,
+) -> Any:
+    """A field with its documentation and, for numbers, its range. Without a default the key is required."""
+    metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "shapes": shapes}
+    return field(default=default, metadata=metadata)
+
+
+def _setting(doc: str, default: Any = MISSING, **limits: float) -> Any:
+    """A key that changes where, how fast or how finely rounded a run computes, but not what: a resumed run may have
+    another value. Keys for what happens at a fault are among them, so that a run that one stopped may go on.
+    """
+    return _key(doc, default, shapes=False, **limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run depends on besides its lists and its save path. Fields are the keys of the YAML files."""
+
+    # data
+    dataset: str = _key("name of the data set; pascal, cityscapes and coco bring their classes, palette and eval_mode")
+    data_root: str = _setting("folder that the paths in the list files are relative to")
+    val_id_path: str = _key("list of the validation images and labels")
+    crop_size: int = _key(
+        "side of the square training crop, and of the sliding evaluation window, in pixels", minimum=16, maximum=8192
+    )
+    classes: tuple[str, ...] | None = _setting("class names; label value i is the i-th name", None)
+    nclass: int | None = _key(
+        "number of classes; implied by the data set or by `classes`", None, minimum=2, maximum=255
+    )
+    palette: tuple[tuple[int, int, int], ...] | None = _setting("one [red, green, blue] per class, 0 to 255", None)
+    label_map: dict[int, int] | None = _key(
+        "class (or 255, ignored) of values in the label files, such as {0: 0, 255: 1}; other values stay", None
+    )
+    unlabeled_id_path: str | None = _key(
+        "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it", None
+    )
+    eval_mode: EvalMode = _key("how a validation image is seen", "original")
+    cutmix_partner: Literal["same_image", "other_image"] = _key(
+        "what CutMix pastes: another view of the same image (as published) or of another image", "same_image"
+    )
+    # training
+    epochs: int = _key("passes over the unlabelled images (supervised: over the labelled)", minimum=1)
+    batch_size: int = _key("labelled images per process, and as many unlabelled ones", minimum=1)
+    lr: float = _key("learning rate of the backbone", above=0)
+    lr_multi: float = _key("the other parameters learn at lr * lr_multi", 1.0, above=0)
+    reference_batch: int = _key("labelled images per step, over all processes, that lr is meant for", 8, minimum=1)
+    scale_lr: bool = _key("scale lr by (labelled images per step) / reference_batch", False)
+    criterion: Criterion = _key("CELoss, or {name: OHEM, thresh: 0.7, min_kept: 200000}", Criterion())
+    conf_thresh: float = _key("confidence from which a pseudo-label counts", 0.95, minimum=0, maximum=1)
+    seed: int = _key(
+        "seeds every draw: weights, order, geometry, colour, CutMix, dropout", 0, minimum=0, maximum=2**32 - 1
+    )
+    # model
+    backbone: str = _key(f"one of {', '.join(BACKBONES)}")
+    pretrained: bool | str = _key(
+        "true: pretrained/BACKBONE.pth; false: from scratch; or the path of a weights file", True
+    )
+    replace_stride_with_dilation: tuple[bool, bool, bool] = _key(
+        "for the last three stages; [false, false, true] is output stride 16, [false, true, true] is 8",
+        (False, False, True),
+    )
+    dilations: tuple[int, int, int] = _key("of the three atrous ASPP branches", (6, 12, 18), minimum=1)
+    # running
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto: GPUs where there are any", "auto")
+    workers: int | None = _setting(
+        "loading processes per training process; default: a share of the cores, 8 at most", None, minimum=0, maximum=256
+    )
+    prefetch: int = _setting("batches that each loading process has ready", 2, minimum=1, maximum=64)
+    persistent_workers: bool = _setting("keep the loading processes from one epoch to the next", True)
+    pin_memory: bool | None = _setting(
+        "load batches into pinned memory, whence GPUs copy faster; default: for GPUs", None
+    )
+    photometry: Literal["worker", "device"] = _key(
+        "where the strong views' colours and blur are made; on the device they differ by some levels", "worker"
+    )
+    cache: Literal["none", "ram", "disk"] = _setting(
+        "keep decoded images and labels in shared memory or on a disk", "none"
+    )
+    cache_gb: float = _setting("size of the cache in GB (1e9 bytes); once it is full it stays as it is", 16.0, above=0)
+    cache_dir: str | None = _setting("folder for cache: disk, best on a local disk; default: ~/.cache/unimatch", None)
+    channels_last: bool | None = _setting(
+        "channels innermost in memory, for which CPU and 16-bit kernels are made; default: on CPUs", None
+    )
+    amp: Literal["none", "bf16", "fp16"] = _setting("16-bit autocast of the forward passes; fp16 needs a GPU", "none")
+    compile: bool = _setting(
+        "torch.compile the model; its first steps take minutes, and it needs a C++ compiler", False
+    )
+    checkpoint_activations: Literal["none", "backbone", "all"] = _setting(
+        "what is computed again in the backward pass instead of kept in memory; gradients are the same", "none"
+    )
+    check_data: bool = _setting("check images and labels before training starts", True)
+    max_image_pixels: int = _setting(
+        "images and labels of more pixels are refused before they are decoded", 100_000_000, minimum=1
+    )
+    allow_outside_root: bool = _setting("let list entries and the unlabelled folder lie outside data_root", False)
+    on_bad_image: Literal["stop", "skip"] = _setting(
+        "an image or label that cannot be read in mid-training stops the run, or its sample is replaced by another",
+        "stop",
+    )
+    bad_image_limit: int = _setting("different faults of that kind before the run stops after all", 10, minimum=1)
+    on_nonfinite: Literal["stop", "skip"] = _setting(
+        "a step with a loss or gradient that is not finite stops the run, or is undone", "stop"
+    )
+    nonfinite_limit: int = _setting("undone steps before the run stops after all", 10, minimum=1)
+    log_interval: int = _setting("iterations between two lines of the log", 50, minimum=1)
+    eval_interval: int = _setting("epochs between two evaluations", 1, minimum=1)
+    checkpoint_minutes: float = _setting(
+        "minutes between two checkpoints within an epoch; 0: only after epochs", 15.0, minimum=0
+    )
+    keep_last: int = _setting("checkpoints of the last epochs to keep, as epoch-0001.pth and so on", 0, minimum=0)
+    dist_timeout: float = _setting(
+        "seconds after which a process that does not answer has failed", 600.0, minimum=1, maximum=86_400
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in what the data set implies, so that `nclass`, `classes` and `palette` are always there."""
+        known = CATALOG.get(self.dataset)
+        classes = self.classes
+        if classes is None and known is not None:
+            classes = known.classes
+        if classes is None and self.nclass is not None:
+            classes = tuple(f"class {i}" for i in range(self.nclass))
+        if classes is None:
+            near = suggest(self.dataset, CATALOG)
+            raise ConfigError(
+                f"dataset {quoted(self.dataset)} is none of {', '.join(CATALOG)}{near}: list its `classes`"
+            )
+        palette = self.palette
+        if palette is None:
+            count = min(len(classes), 256)  # too many classes are refused later, with the key's name
+            palette = known.palette if known and len(known.palette) == count else voc_palette(count)
+        for name, value in (("classes", classes), ("palette", palette), ("nclass", self.nclass or len(classes))):
+            object.__setattr__(self, name, value)
+
+
+NOT_SHAPING = tuple(spec.name for spec in fields(Config) if not spec.metadata["shapes"])
