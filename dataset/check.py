@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,11 +33,17 @@ def check_samples(
     root = Path(data_root)
     check_root(root)
     found: set[int] = set()
+    two_ways = []
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
-        for values in pool.map(lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples):
+        checked = pool.map(lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples)
+        for sample, (values, shown) in zip(samples, checked, strict=True):
             found |= values
+            if can_be_read_two_ways(values, shown, nclass, label_map):
+                two_ways.append(root / sample.label)
     labels = [sample.label for sample in samples if sample.label]
     if labels and (fault := mask_fault(root / labels[0], len(labels), found, label_map)):
+        raise fault
+    if fault := mixed_fault(two_ways, found):
         raise fault
 
 
@@ -58,6 +64,34 @@ def mask_fault(first: Path, count: int, found: Set[int], label_map: Mapping[int,
     )
 
 
+def can_be_read_two_ways(
+    found: Collection[int], shown: Sequence[int] | None, nclass: int, label_map: Mapping[int, int] | None
+) -> bool:
+    """Whether the values found in a label of few bits, or a palette of black and white, may also be 255 and classes.
+
+    A program that makes files smaller without loss keeps what is shown, and stores 255 in one bit as 1. `shown`: of
+    each stored value, as `read_label` tells it; None says that values are stored as they are shown.
+    """
+    if shown is None or IGNORE_INDEX not in (values := [shown[value] for value in found]):
+        return False
+    label_map = label_map or {}
+    classes = [label_map.get(value, value) for value in values]
+    differ = classes != [label_map.get(value, value) for value in found]
+    return differ and all(value < nclass or value == IGNORE_INDEX for value in classes)
+
+
+def mixed_fault(two_ways: Sequence[Path], found: Set[int]) -> DataError | None:
+    """The fault of a list with labels that can be read two ways while others have 255, of all the values `found`."""
+    return _two_ways_fault(two_ways[0]) if two_ways and IGNORE_INDEX in found else None
+
+
+def _two_ways_fault(path: Path, bits: str = "few bits") -> DataError:
+    return DataError(
+        f"{path}: a label of {bits} per pixel, whose white may mean a class or 255 (ignored): store 8 bits per pixel",
+        "labels that can be read two ways",
+    )
+
+
 def mask_hint(value: int = 255) -> str:
     """What to do about labels in which 0 and `value` mean background and object."""
     return (
@@ -66,34 +100,40 @@ def mask_hint(value: int = 255) -> str:
     )
 
 
-def _check_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int]) -> set[int]:
-    """The values found in the sample's label (none without one)."""
+def _check_sample(
+    sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int]
+) -> tuple[set[int], Sequence[int] | None]:
+    """The values found in the sample's label (none without one), and as what they are shown."""
     size = _check_image(root / sample.image)
     if sample.label is None:
-        return set()
+        return set(), None
     label = read_label(root / sample.label)
     found = np.flatnonzero(label.histogram()).tolist()
-    for fault in label_faults(sample, root, size, label.size, found, nclass, label_map):
+    for fault in label_faults(sample, root, size, label, found, nclass, label_map):
         raise fault
-    return set(found)
+    return set(found), label.info["shown"]
 
 
 def label_faults(
     sample: Sample,
     root: Path,
     image_size: tuple[int, int] | None,
-    label_size: tuple[int, int],
+    label: Image.Image,
     found: Sequence[int],
     nclass: int,
     label_map: Mapping[int, int] | None,
 ) -> Iterator[DataError]:
-    """What is wrong with a readable label that holds the values `found`: its size, its values. Sizes: (width, height).
+    """What is wrong with a `label`, as `read_label` gives it, that holds the values `found`: its size, its values.
 
-    An unreadable image's size is None and fits every label.
+    An unreadable image's `image_size`, else (width, height), is None and fits every label.
     """
     path, label_map = root / sample.label, label_map or {}
-    if fault := size_fault(sample, root, image_size or label_size, label_size):
+    if fault := size_fault(sample, root, image_size or label.size, label.size):
         yield fault
+    shown = label.info["shown"]
+    # As many classes as values fit: then all labels may be meant so.
+    if can_be_read_two_ways(found, shown, nclass, label_map) and nclass != len(shown):
+        yield _two_ways_fault(path, f"{(len(shown) - 1).bit_length()}-bit")
     if any(nclass <= label_map.get(value, value) != IGNORE_INDEX for value in found):
         mask = not label_map and len(found) == 2 and found[0] == 0 and found[1] >= 128
         named = f", and those in label_map ({_few(sorted(label_map))})" if label_map else ""

@@ -75,20 +75,77 @@ def decode_image(path: str | Path, rows_needed: RowsNeeded | None = None) -> Ima
 
 
 def read_label(path: str | Path) -> Image.Image:
-    """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file."""
-    return Image.fromarray(read_indices(path))
+    """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file.
+
+    Where a viewer shows other values, `info["shown"]` of the image has the shown value of each stored one.
+    """
+    with open_label(path) as label:
+        shown = _shown_values(label)
+        image = Image.fromarray(_indices(path, label))
+    image.info["shown"] = shown
+    return image
 
 
 def read_indices(path: str | Path, rows_needed: RowsNeeded | None = None) -> np.ndarray:
-    """Decode a label as class indices, uint8 (H, W), 0 below the rows that are needed. Raises DataError naming it."""
-    with errors_named(path, "label"), Image.open(path) as label:
-        if label.mode not in ("L", "P", "1"):
-            raise DataError(
-                f"{path}: the label is a {label.mode} image; expected one 8-bit channel of class indices",
-                "labels that are not one 8-bit channel",
-            )
+    """Decode a label as class indices, uint8 (H, W), 0 below the rows that are needed. Raises DataError naming it.
+
+    Indices are the values as stored: of a palette's entries, and of grey pixels of 1, 2, 4, 8 or 16 bits.
+    """
+    with open_label(path) as label:
         _leave_out_rows(label, rows_needed)
-        return np.asarray(label).astype(np.uint8, copy=False)  # palette indices stay indices
+        return _indices(path, label)
+
+
+@contextlib.contextmanager
+def open_label(path: str | Path) -> Iterator[Image.Image]:
+    """A label as Pillow opens it, before decoding. What it raises while in use becomes a DataError naming the file."""
+    with errors_named(path, "label"), Image.open(path) as label:
+        if label.mode not in ("L", "P", "1") and label.mode[0] != "I":
+            colours = "; labels drawn in the palette's colours" if label.mode in ("RGB", "RGBA") else ""
+            raise DataError(
+                f"{path}: the label is a {label.mode} image; expected one channel of class indices{colours}",
+                "labels that are not one channel of class indices",
+            )
+        if label.tile and label.tile[0][0].startswith("ppm") and label.mode == "L":
+            raise DataError(
+                f"{path}: a PGM file whose greatest value is not 255, so that its values are scaled: store it as PNG",
+                "labels whose values are scaled",
+            )
+        yield label
+
+
+def _indices(path: str | Path, label: Image.Image) -> np.ndarray:
+    """The values of an open label as its file stores them, uint8 (H, W)."""
+    bits = _grey_bits(label)
+    values = np.asarray(label)
+    if bits in (2, 4):
+        return values // (255 // (2**bits - 1))  # Pillow scales them up to 255
+    if values.dtype.itemsize > 1 and values.size and not 0 <= values.min() <= values.max() <= 255:
+        odd = int(values.max() if values.max() > 255 else values.min())
+        raise DataError(
+            f"{path}: the label has the value {odd}; class indices, and 255 for ignored pixels, are 0 to 255",
+            "label values outside 0 to 255",
+        )
+    return values.astype(np.uint8, copy=False)
+
+
+def _grey_bits(label: Image.Image) -> int:
+    """Bits per pixel of an open grey label, 8 for one with a palette; known before decoding only."""
+    if label.mode == "1":
+        return 1
+    arguments = label.tile[0][3] if label.tile else ""  # the decoder's, such as L;4, alone or first of several
+    depth = re.match(r"L;([24])", arguments if isinstance(arguments, str) else str(arguments[0]))
+    return int(depth[1]) if depth else 8
+
+
+def _shown_values(label: Image.Image) -> tuple[int, ...] | None:
+    """The grey values as which few bits, or a palette of black and white, are shown; None for other open labels."""
+    if (bits := _grey_bits(label)) < 8:
+        return tuple(value * 255 // (2**bits - 1) for value in range(2**bits))
+    colours = bytes(label.getpalette() or ()) if label.mode == "P" else b""
+    entries = [colours[i : i + 3] for i in range(0, len(colours), 3)]
+    black, white = b"\0\0\0", b"\xff\xff\xff"
+    return tuple(entry[0] for entry in entries) if set(entries) == {black, white} else None
 
 
 def _leave_out_rows(image: Image.Image, rows_needed: RowsNeeded | None) -> None:
@@ -144,8 +201,9 @@ def errors_named(path: str | Path, kind: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError:
+        hint = "; separate folders by /, not by backslashes" if "\\" in str(path) else ""
         raise DataError(
-            f"{path}: no such {kind} (listed paths are relative to data_root)", f"missing {kind}s"
+            f"{path}: no such {kind} (listed paths are relative to data_root{hint})", f"missing {kind}s"
         ) from None
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import posixpath
@@ -14,6 +15,13 @@ from dataset.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 ALLOW_OUTSIDE = "allow_outside_root: true permits that"
+# Folders that systems put among a user's files; others of that kind are hidden, their names begin with a dot.
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
+# A first line of these words alone is the heading of a table.
+HEADINGS = frozenset(
+    ("image", "images", "img", "file", "filename", "file_name", "path", "image_path", "image_name", "image_id", "id")
+    + ("label", "labels", "label_path", "mask", "masks", "mask_path", "annotation", "annotations", "gt", "target")
+)
 
 
 class Sample(NamedTuple):
@@ -30,18 +38,14 @@ def read_list(path: str | Path, labels: bool = True, inside: str | Path | None =
     only, so that names may contain spaces. With `labels`, every line must have a label. With `inside`, the data root,
     no path may leave that folder. Raises DataError for a missing, empty or malformed list.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some Windows programs begin a file with a mark
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such list file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable list file: {error}") from None
     samples = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         line = line.lstrip()
         if not line or line.startswith("#"):
             continue
         columns = [column.strip() for column in re.split(r"\t+", line.rstrip())] if "\t" in line else line.split()
+        if not samples and {word.strip("\"'").lower() for word in re.split(r"[\s,;]+", line) if word} <= HEADINGS:
+            raise DataError(f"{path}:{number}: '{line.strip()}' is a heading, no image: remove the line")
         if len(columns) > 2:
             raise DataError(
                 f"{path}:{number}: expected `image label`, found {len(columns)} columns "
@@ -49,6 +53,7 @@ def read_list(path: str | Path, labels: bool = True, inside: str | Path | None =
             )
         if labels and len(columns) < 2:
             hint = " (a tab, also at the line's end, makes tabs its only separators)" if "\t" in line else ""
+            hint = hint or (" (white space separates the two, not a comma)" if "," in line else "")
             raise DataError(
                 f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
             )
@@ -59,6 +64,24 @@ def read_list(path: str | Path, labels: bool = True, inside: str | Path | None =
     if not samples:
         raise DataError(f"{path}: the list is empty")
     return samples
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such list file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable list file: {error}") from None
+    try:
+        text = content.decode("utf-8-sig")  # some Windows programs begin a file with a mark
+        if "\0" not in text:
+            return text
+    except ValueError:
+        pass
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:64]
+    found = "UTF-16 text" if wide else "no UTF-8 text"
+    raise DataError(f"{path}: not a readable list file: {found}; save it as UTF-8")
 
 
 def is_inside(path: str | Path, folder: str | Path) -> bool:
@@ -98,19 +121,49 @@ def list_digest(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def images_in(folder: Path, root: Path) -> list[str]:
-    """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none."""
-    found = []
-    for directory, _, names in os.walk(folder, followlinks=True):
+def images_in(folder: Path, root: Path, left_out: list[str] | None = None) -> list[str]:
+    """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none.
+
+    Links to folders are followed, but not back into a folder that leads there; what is hidden is left out. `left_out`
+    gets the paths of all else: hidden folders and images, links that lead back, files of other kinds.
+    """
+    found, left_out = [], [] if left_out is None else left_out
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(str(folder), ())]
+    while waiting:
+        directory, above = waiting.pop()  # a folder, and what it lies in: (device, number) of each folder
         relative = Path(os.path.relpath(directory, root)).as_posix()
-        found += [
-            posixpath.normpath(f"{relative}/{name}")
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
+        try:
+            status = os.stat(directory)
+            place = (status.st_dev, status.st_ino)
+            if place in above:
+                left_out.append(f"{relative}/")
+                continue
+            with os.scandir(directory) as entries:
+                listed = [(entry.name, entry.is_dir(), entry.is_file() or entry.is_symlink()) for entry in entries]
+        except OSError as error:
+            raise DataError(f"{directory}: this folder cannot be read: {error.strerror}") from None
+        for name, is_folder, is_file in listed:
+            path = posixpath.normpath(f"{relative}/{name}")
+            if is_folder and not is_hidden(f"{name}/"):
+                waiting.append((os.path.join(directory, name), (*above, place)))
+            elif not is_folder and is_file and is_image(name):  # opening a pipe would wait for ever
+                found.append(path)
+            else:
+                left_out.append(f"{path}/" if is_folder else path)
     if not found:
         raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return sorted(found)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image; `._name` is not, in which macOS keeps what belongs to `name`."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a listed path has a part that is hidden or a system's own; of an absolute path the last one counts."""
+    parts = path.split("/")[-1:] if path.startswith("/") else path.split("/")
+    return any(part in SYSTEM_FOLDERS or part.startswith(".") for part in parts if part not in (".", ".."))
 
 
 def shared_images(samples: Sequence[Sample], others: Sequence[Sample], data_root: str | Path) -> list[str]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataset import DataError
 from dataset.check import mask_hint
 from dataset.files import IGNORE_INDEX, map_label, read_label
-from dataset.lists import Sample, images_in
+from dataset.lists import Sample, images_in, is_hidden
 from util.cli import run_main
 from util.config import parse_label_map, resolve_path
 from util.errors import ConfigError
@@ -31,15 +31,18 @@ from util.errors import ConfigError
 LISTS = ("train.txt", "labeled.txt", "val.txt")
 
 
-def find_samples(images: Path, labels: Path, root: Path) -> tuple[list[Sample], list[str]]:
+def find_samples(
+    images: Path, labels: Path, root: Path, left_out: list[str] | None = None
+) -> tuple[list[Sample], list[str]]:
     """Images with their labels, None without one, as paths relative to `root`, and labels without an image; sorted.
 
+    `left_out` gets what is passed over in the folder of images, as `images_in` tells it.
     Where one folder lies in the other, its files count for it alone; if both are the same, PNGs are the labels.
     """
     for option, folder in (("--images", images), ("--labels", labels)):
         if not folder.is_dir():
             raise DataError(f"{option} {folder}: no such folder")
-    image_of = _by_stem(images, labels, root, "image")
+    image_of = _by_stem(images, labels, root, "image", left_out)
     label_of = _by_stem(labels, images, root, "label")
     samples = [Sample(image, label_of.get(stem)) for stem, image in image_of.items()]
     if not any(sample.label for sample in samples):
@@ -50,10 +53,10 @@ def find_samples(images: Path, labels: Path, root: Path) -> tuple[list[Sample], 
     return sorted(samples), [label for stem, label in label_of.items() if stem not in image_of]
 
 
-def _by_stem(folder: Path, other: Path, root: Path, kind: str) -> dict[str, str]:
+def _by_stem(folder: Path, other: Path, root: Path, kind: str, left_out: list[str] | None = None) -> dict[str, str]:
     """{path in `folder` without suffix: path relative to `root`} of its images or labels."""
     found: dict[str, str] = {}
-    for name in images_in(folder, folder):
+    for name in images_in(folder, folder, left_out):
         is_label = name.lower().endswith(".png")
         if (kind == "label" and not is_label) or (folder == other and kind == "image" and is_label):
             continue
@@ -212,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not folder.is_relative_to(root):
             raise ConfigError(f"--data-root {root}: does not hold {option} {folder}")
 
-    samples, orphans = find_samples(images, labels, root)
+    left_out: list[str] = []
+    samples, orphans = find_samples(images, labels, root, left_out)
     pairs = [sample for sample in samples if sample.label]
     num_val = parse_share(args.val, "--val", len(pairs))
     num_labeled = parse_share(args.labeled, "--labeled", max(0, len(pairs) - num_val))
@@ -240,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_lists(output, dict(zip(LISTS, lines, strict=True)))
 
     print(f"{output}: {len(labeled)} labelled, {len(train) - len(labeled)} unlabelled and {len(val)} validation images")
+    if hidden := [name for name in left_out if is_hidden(name)]:
+        print(f"note: hidden folders and files in {images} were left out: {len(hidden)}, such as {hidden[0]}")
     if orphans:
         print(f"note: {len(orphans)} labels have no image and were left out, such as {orphans[0]}")
     print(class_table(pixels, labeled, val))

@@ -5,7 +5,6 @@ import importlib
 import os
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +14,7 @@ from dataset.files import limit_image_pixels, read_image
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
 from scripts.predict import find_images
+from tests import faults
 from tests.helpers import PROJECT_ROOT, make_dataset, run_script
 from util.cli import parse_args, run_main
 from util.config import load_config
@@ -86,74 +86,6 @@ def only_labelled_images_as_unlabelled(data, save_path):
 def missing_data_root(data, save_path):
     data.configure(data_root=str(data.root / "nowhere"))
     return [data.root / "nowhere", "no such folder", "data_root"]
-
-
-def missing_labeled_image(data, save_path):
-    (data.root / "images/labeled3.jpg").unlink()
-    return [data.root / "images/labeled3.jpg", "no such image"]
-
-
-def missing_unlabeled_image(data, save_path):
-    (data.root / "images/unlabeled5.jpg").unlink()
-    return [data.root / "images/unlabeled5.jpg", "no such image"]
-
-
-def missing_val_image(data, save_path):
-    (data.root / "images/val1.jpg").unlink()
-    return [data.root / "images/val1.jpg", "no such image"]
-
-
-def missing_label(data, save_path):
-    (data.root / "labels/labeled2.png").unlink()
-    return [data.root / "labels/labeled2.png", "no such label"]
-
-
-def missing_val_label(data, save_path):
-    (data.root / "labels/val0.png").unlink()
-    return [data.root / "labels/val0.png", "no such label"]
-
-
-def label_of_another_size(data, save_path):
-    path = data.root / "labels/labeled1.png"
-    Image.open(path).resize((20, 16), Image.Resampling.NEAREST).save(path)
-    return [path, "20 x 16", data.root / "images/labeled1.jpg", "40 x 32"]
-
-
-def label_value_outside_the_classes(data, save_path):
-    path = data.root / "labels/labeled1.png"
-    label = np.array(Image.open(path))
-    label[5, 5] = 7
-    Image.fromarray(label).save(path)
-    return [path, "0, 1, 2, 7, 255", "allowed are 0..2"]
-
-
-def labels_that_are_masks(data, save_path):
-    for path in sorted((data.root / "labels").glob("labeled*.png")):
-        Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
-    return [data.root / "labels/labeled0.png", "0, 255", "looks like a 0/255 mask"]
-
-
-def label_with_colours(data, save_path):
-    path = data.root / "labels/labeled1.png"
-    Image.open(path).convert("RGB").save(path)
-    return [path, "RGB image", "class indices"]
-
-
-def truncated_labeled_image(data, save_path):
-    return truncate(data.root / "images/labeled0.jpg")
-
-
-def truncated_unlabeled_image(data, save_path):
-    return truncate(data.root / "images/unlabeled4.jpg")
-
-
-def truncated_val_label(data, save_path):
-    return truncate(data.root / "labels/val1.png")
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-30])
-    return [path, "truncated"]
 
 
 def missing_config(data, save_path):
@@ -254,18 +186,6 @@ FAULTS = {
     no_unlabeled_source: None,
     only_labelled_images_as_unlabelled: None,
     missing_data_root: None,
-    missing_labeled_image: "supervised",
-    missing_unlabeled_image: None,
-    missing_val_image: None,
-    missing_label: "unimatch",
-    missing_val_label: None,
-    label_of_another_size: None,
-    label_value_outside_the_classes: "unimatch",
-    labels_that_are_masks: None,
-    label_with_colours: None,
-    truncated_labeled_image: None,
-    truncated_unlabeled_image: "fixmatch",
-    truncated_val_label: None,
     missing_config: None,
     unreadable_yaml: "unimatch",
     unknown_key: None,
@@ -286,8 +206,16 @@ FAULTS = {
 }
 
 
+# What the check at a run's start sees; it decodes no image that ends as it should.
+DATA_FAULTS = {fault: None for fault in faults.ERRORS if fault is not faults.image_damaged_inside}
+DATA_FAULTS |= {faults.missing_image: "supervised", faults.label_value_outside_the_classes: "unimatch"}
+
+
 def spoil(fault, data, save_path):
     """Apply a fault: the arguments of a run with it, and what its message must contain."""
+    if fault in DATA_FAULTS:
+        _, *fragments = fault(data)
+        return data.arguments(save_path), list(map(str, fragments))
     result = fault(data, save_path)
     fragments, further = result if isinstance(result, tuple) else (result, [])
     return [*data.arguments(save_path), *further], list(map(str, fragments))
@@ -311,7 +239,7 @@ def run_in_process(method, arguments):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", [*FAULTS, *DATA_FAULTS], ids=lambda fault: fault.__name__)
 def test_each_fault_is_one_line_and_status_2(data, tmp_path, capsys, monkeypatch, fault):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     arguments, fragments = spoil(fault, data, tmp_path / "run")
@@ -321,7 +249,11 @@ def test_each_fault_is_one_line_and_status_2(data, tmp_path, capsys, monkeypatch
 
 @pytest.mark.parametrize(
     ("fault", "method"),
-    [pytest.param(fault, method, id=f"{fault.__name__}-{method}") for fault, method in FAULTS.items() if method],
+    [
+        pytest.param(fault, method, id=f"{fault.__name__}-{method}")
+        for fault, method in {**FAULTS, **DATA_FAULTS}.items()
+        if method
+    ],
 )
 def test_a_script_ends_with_one_line_and_status_2(data, tmp_path, fault, method):
     arguments, fragments = spoil(fault, data, tmp_path / "run")

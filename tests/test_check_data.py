@@ -3,9 +3,7 @@
 import io
 import os
 import re
-import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +16,21 @@ from dataset.lists import Sample, read_list
 from dataset.prepare import audit as inspection
 from dataset.prepare.audit import inspect_lists, jpeg_complaint
 from scripts import check_data
+from tests.faults import (
+    ERRORS,
+    deep_png,
+    image_damaged_inside,
+    label_of_another_size,
+    label_value_outside_the_classes,
+    missing_image,
+    missing_label,
+    noise,
+    oriented,
+    overwrite,
+    relist,
+    replace_image,
+    truncated_label,
+)
 from tests.helpers import make_dataset, run_script
 from util.cli import parse_args
 from util.errors import ConfigError
@@ -60,164 +73,7 @@ def told(output):
     return found
 
 
-def noise(size=(40, 32), channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-
-
-def relist(data, path, old, new):
-    """Let a list name another file."""
-    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-
-
-def replace_image(data, image, suffix="png", **options):
-    """Put a picture in the place of the first labelled one, under a suffix that fits; returns its path."""
-    path = data.root / f"images/labeled0.{suffix}"
-    image.save(path, **options)
-    relist(data, data.labeled, "images/labeled0.jpg", f"images/{path.name}")
-    return path
-
-
-def deep_png(pixels):
-    """A PNG file of 16 bits per channel, which Pillow cannot write, of (H, W, 3) values."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def oriented(number):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    return exif
-
-
-def overwrite(path, part=0.5, count=64, value=b"\0"):
-    """Damage a file inside, its length unchanged."""
-    content = bytearray(path.read_bytes())
-    start = int(len(content) * part)
-    content[start : start + count] = (value * count)[:count]
-    path.write_bytes(content)
-
-
-# --- errors: each spoils something and returns (kind, file at fault, fragment of its line) ----------------------------
-
-
-def missing_image(data):
-    path = data.root / "images/unlabeled3.jpg"
-    path.unlink()
-    return "missing images", path, "no such image"
-
-
-def missing_label(data):
-    path = data.root / "labels/val1.png"
-    path.unlink()
-    return "missing labels", path, "no such label"
-
-
-def image_that_is_none(data):
-    path = data.root / "images/val0.jpg"
-    path.write_text("<html>not found</html>", encoding="utf-8")
-    return "unreadable images", path, "unreadable image"
-
-
-def truncated_image(data):
-    path = data.root / "images/unlabeled5.jpg"
-    path.write_bytes(path.read_bytes()[:-30])
-    return "unreadable images", path, "truncated or damaged"
-
-
-def image_damaged_inside(data):
-    path = replace_image(data, Image.fromarray(noise()))
-    overwrite(path)
-    check_samples([Sample("images/labeled0.png", None)], data.root, 3)  # the quick check sees its ends only
-    return "unreadable images", path, "truncated or damaged"
-
-
-def label_damaged_inside(data):
-    path = data.root / "labels/labeled1.png"
-    overwrite(path, count=8, value=b"\x55")
-    return "unreadable labels", path, "truncated or damaged"
-
-
-def truncated_label(data):
-    path = data.root / "labels/labeled1.png"
-    path.write_bytes(path.read_bytes()[:-30])
-    return "unreadable labels", path, "truncated or damaged"
-
-
-def label_of_another_size(data):
-    path = data.root / "labels/labeled1.png"
-    Image.open(path).resize((20, 16), Image.Resampling.NEAREST).save(path)
-    return "labels of another size than their image", path, "is 20 x 16 pixels"
-
-
-def label_value_outside_the_classes(data):
-    path = data.root / "labels/val0.png"
-    label = np.array(Image.open(path))
-    label[5, 5] = 7
-    Image.fromarray(label).save(path)
-    return "label values outside the classes", path, "values found: 0, 1, 2, 7, 255; allowed are 0..2"
-
-
-def label_value_outside_the_map(data):
-    data.configure(label_map={0: 0, 1: 1})
-    path = data.root / "labels/val0.png"
-    label = np.array(Image.open(path))
-    label[5, 5] = 9
-    Image.fromarray(label).save(path)
-    return "label values outside the classes", path, "and those in label_map (0, 1)"
-
-
-def masks_of_another_white(data):
-    path = data.root / "labels/val0.png"
-    Image.fromarray(np.resize(np.uint8([0, 200]), (32, 40))).save(path)
-    return "label values outside the classes", path, "set label_map: {0: 0, 200: 1}"
-
-
-def masks(data):
-    for path in (data.root / "labels").glob("labeled*.png"):
-        Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
-    return "lists of labels without a class", data.root / "labels/labeled0.png", "set label_map: {0: 0, 255: 1}"
-
-
-def label_with_colours(data):
-    path = data.root / "labels/labeled2.png"
-    Image.open(path).convert("RGB").save(path)
-    return "labels that are not one 8-bit channel", path, "RGB image"
-
-
-def label_of_16_bits(data):
-    path = data.root / "labels/labeled2.png"
-    Image.fromarray(np.array(Image.open(path)).astype(np.uint16)).save(path)
-    return "labels that are not one 8-bit channel", path, "I;16 image"
-
-
-def grey_image_of_16_bits(data):
-    path = replace_image(data, Image.fromarray(np.full((32, 40), 999, np.uint16)))
-    return "images of more than 8 bits", path, "mode I;16"
-
-
-ERRORS = [
-    missing_image,
-    missing_label,
-    image_that_is_none,
-    truncated_image,
-    image_damaged_inside,
-    label_damaged_inside,
-    truncated_label,
-    label_of_another_size,
-    label_value_outside_the_classes,
-    label_value_outside_the_map,
-    masks_of_another_white,
-    masks,
-    label_with_colours,
-    label_of_16_bits,
-    grey_image_of_16_bits,
-]
+# --- errors (tests.faults) ----------------------------
 
 
 @pytest.mark.parametrize("fault", ERRORS, ids=lambda fault: fault.__name__)
@@ -271,6 +127,14 @@ def image_listed_with_two_labels(data):
     path = data.root / "images/labeled0.jpg"
     line = f"{path}: 2 times in the labelled list, with different labels"
     return "warning", "images more than once in a list", [line]
+
+
+def hidden_image_listed(data):
+    (data.root / "images/.ipynb_checkpoints").mkdir()
+    Image.fromarray(noise()).save(data.root / "images/.ipynb_checkpoints/new.png")
+    relist(data, data.unlabeled, "images/unlabeled0.jpg", "images/.ipynb_checkpoints/new.png")
+    line = "images/.ipynb_checkpoints/new.png"
+    return "warning", "unlabelled images that are hidden or in a hidden folder", [line]
 
 
 def copies(data):
@@ -390,6 +254,7 @@ OTHERS = [
     unlabelled_and_validation_overlap,
     image_listed_twice,
     image_listed_with_two_labels,
+    hidden_image_listed,
     copies,
     copy_of_a_validation_image,
     cmyk,

@@ -1,5 +1,6 @@
-"""dataset/files.py: lists, folders, and every fault of images and labels, found before training and named."""
+"""dataset/files.py and dataset/check.py: every fault of images and labels, found before training and named."""
 
+import functools
 import io
 
 import numpy as np
@@ -8,8 +9,9 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.check import check_samples
-from dataset.files import read_image, read_label
-from dataset.lists import Sample, find_unlabeled, list_digest, read_list
+from dataset.files import read_image, read_indices, read_label
+from dataset.lists import Sample
+from tests.faults import grey_png
 
 WIDTH, HEIGHT = 24, 20
 
@@ -47,113 +49,6 @@ def complaint(function, *args, **options):
     return str(caught.value)
 
 
-# --- lists ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a.jpg a.png\nb.jpg b.png\n", [("a.jpg", "a.png"), ("b.jpg", "b.png")]),
-        ("a.jpg a.png", [("a.jpg", "a.png")]),
-        ("\n# images\n\n  a.jpg   a.png  \n\n   # more\n\nb.jpg\tb.png\n\n", [("a.jpg", "a.png"), ("b.jpg", "b.png")]),
-        ("a.jpg a.png\r\nb.jpg b.png\r\n", [("a.jpg", "a.png"), ("b.jpg", "b.png")]),
-        ("\ufeffa.jpg a.png\n", [("a.jpg", "a.png")]),
-        ("my photo.jpg\tmy label.png\n", [("my photo.jpg", "my label.png")]),
-        ("my photo.jpg \t\t my label.png\t\n", [("my photo.jpg", "my label.png")]),
-        ("a#1.jpg a#1.png\n", [("a#1.jpg", "a#1.png")]),
-        ("straße/ü.jpg straße/ü.png\n", [("straße/ü.jpg", "straße/ü.png")]),
-    ],
-)
-def test_a_list_has_a_line_per_image_and_may_have_comments_and_blank_lines(tmp_path, text, expected):
-    path = tmp_path / "list.txt"
-    path.write_bytes(text.encode("utf-8"))
-    assert read_list(path) == expected
-
-
-def test_an_unlabelled_list_may_have_one_column_or_two(tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text("a.jpg\nb.jpg b.png\n", encoding="utf-8")
-    assert read_list(path, labels=False) == [("a.jpg", None), ("b.jpg", "b.png")]
-
-
-@pytest.mark.parametrize(
-    ("content", "fragment"),
-    [
-        (None, ": no such list file"),
-        (b"", ": the list is empty"),
-        (b"\n# only\n\n# comments\n", ": the list is empty"),
-        (b"a.jpg a.png\n# b\nc.jpg\n", ":3: c.jpg has no label beside it; a labelled line is `image label`"),
-        (b"a.jpg a.png\nmy photo.jpg my label.png\n", ":2: expected `image label`, found 4 columns (put a tab"),
-        ("a.jpg a.png\n".encode("utf-16"), ": not a readable list file"),
-        ("ü.jpg ü.png\n".encode("latin-1"), ": not a readable list file"),
-    ],
-)
-def test_a_missing_empty_or_malformed_list_is_refused_with_its_line(tmp_path, content, fragment):
-    path = tmp_path / "list.txt"
-    if content is not None:
-        path.write_bytes(content)
-    assert complaint(read_list, path).startswith(f"{path}{fragment}")
-
-
-def test_a_folder_in_place_of_a_list_is_refused(tmp_path):
-    assert complaint(read_list, tmp_path).startswith(f"{tmp_path}: not a readable list file")
-
-
-def test_the_fingerprint_of_a_list_follows_its_content_only(tmp_path):
-    a, b = Sample("a.jpg", "a.png"), Sample("b.jpg", "b.png")
-    assert list_digest([a, b]) == list_digest([Sample(*a), Sample(*b)])
-    others = ([b, a], [a], [a, b, b], [a, Sample("b.jpg", None)], [a, Sample("b.jpg", "c.png")], [])
-    assert len({list_digest(samples) for samples in ([a, b], *others)}) == len(others) + 1
-
-
-# --- unlabelled images ------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_as_source_is_searched_in_depth_and_in_order(tmp_path):
-    for name in ("pool/b.JPG", "pool/deep/er/c.png", "pool/a.jpeg", "pool/deep/a.webp", "elsewhere/x.jpg"):
-        save(tmp_path / name, photo())
-    (tmp_path / "pool/notes.txt").write_text("no image", encoding="utf-8")
-    found = find_unlabeled("pool", tmp_path, [])
-    assert [sample.image for sample in found] == ["pool/a.jpeg", "pool/b.JPG", "pool/deep/a.webp", "pool/deep/er/c.png"]
-    assert {sample.label for sample in found} == {None}
-    assert [sample.image for sample in find_unlabeled(tmp_path / "elsewhere", tmp_path, [])] == ["elsewhere/x.jpg"]
-    assert "x.jpg" in [sample.image for sample in find_unlabeled(".", tmp_path / "elsewhere", [])]
-
-
-def test_a_list_as_source_keeps_its_order_and_loses_its_labels(tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text("c.jpg c.png\na.jpg\nb.jpg no/such/label.png\n", encoding="utf-8")
-    assert find_unlabeled(path, tmp_path, []) == [("c.jpg", None), ("a.jpg", None), ("b.jpg", None)]
-
-
-@pytest.mark.parametrize(
-    "written", ["pool/a.jpg", "./pool/a.jpg", "pool//a.jpg", "pool/deep/../a.jpg", "{root}/pool/a.jpg"]
-)
-@pytest.mark.parametrize("source", ["pool", "list"])
-def test_labelled_images_are_left_out_however_they_are_written(tmp_path, written, source):
-    for name in ("a", "b"):
-        save(tmp_path / f"pool/{name}.jpg", photo())
-    path = tmp_path / "list.txt"
-    path.write_text("pool/./a.jpg\npool/b.jpg\n", encoding="utf-8")
-    labeled = [Sample(written.format(root=tmp_path), "a.png")]
-    found = find_unlabeled(path if source == "list" else "pool", tmp_path, labeled)
-    assert found == [("pool/b.jpg", None)]
-
-
-def test_an_image_of_the_same_name_in_another_folder_is_not_left_out(tmp_path):
-    save(tmp_path / "pool/a.jpg", photo())
-    assert find_unlabeled("pool", tmp_path, [Sample("few/a.jpg", "a.png")]) == [("pool/a.jpg", None)]
-
-
-def test_a_source_without_unlabelled_images_is_refused(tmp_path):
-    save(tmp_path / "pool/a.jpg", photo())
-    (tmp_path / "empty").mkdir()
-    assert complaint(find_unlabeled, "nowhere", tmp_path, []).startswith("nowhere: neither a list file nor a folder")
-    assert complaint(find_unlabeled, "empty", tmp_path, []).startswith(f"{tmp_path}/empty: no image in this folder")
-    labeled = [Sample("pool/a.jpg", "a.png")]
-    assert complaint(find_unlabeled, "pool", tmp_path, labeled).startswith("pool: no unlabelled image in it (1 images")
-
-
 # --- labels and images ------------------------------------------------------------------------------------------------
 
 
@@ -173,20 +68,91 @@ def test_one_bit_labels_hold_0_and_1(tmp_path):
     assert np.array_equal(np.asarray(read_label(tmp_path / "label.png")), indices)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_labels_of_few_bits_hold_the_stored_values(tmp_path, bits):
+    values = np.resize(np.arange(2**bits, dtype=np.uint8), (16, 23))
+    (tmp_path / "label.png").write_bytes(grey_png(values, bits))
+    assert np.array_equal(read_indices(tmp_path / "label.png"), values)
+    assert read_indices(tmp_path / "label.png").dtype == np.uint8
+
+
+@pytest.mark.parametrize("rows", [1, 300, 999])
+def test_a_large_grey_label_of_few_bits_is_read_as_far_as_needed(tmp_path, rows):
+    values = np.resize(np.arange(16, dtype=np.uint8), (1000, 525))
+    (tmp_path / "label.png").write_bytes(grey_png(values, 4))
+    assert np.array_equal(read_indices(tmp_path / "label.png", lambda *_: rows)[:rows], values[:rows])
+
+
+def two_bits(path, values):
+    path.write_bytes(grey_png(values, 2))
+
+
+def palette_of(*colours):
+    def write(path, values):
+        label = Image.fromarray(values, "P")
+        label.putpalette(sum(colours, ()))
+        label.save(path)
+
+    return write
+
+
+BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("pixels", "mode"),
+    ("write", "values", "nclass", "label_map", "refused"),
     [
-        (photo(3), "RGB"),
-        (photo(4), "RGBA"),
-        (photo(2), "LA"),
-        (classes(0, 1).astype(np.uint16), "I;16"),
+        (two_bits, [0, 3], 21, None, True),  # 8 bits: 0 and 255
+        (two_bits, [3], 21, None, True),
+        (two_bits, [0, 3], 4, None, False),  # as many classes as values
+        (two_bits, [0, 1, 2], 21, None, False),
+        (two_bits, [0, 1, 3], 21, None, False),  # 8 bits: 85, no class, and 255
+        (two_bits, [0, 1, 3], 150, None, True),
+        (two_bits, [0, 3], 21, {255: 1, 3: 1}, False),  # either way class 1
+        (two_bits, [0, 3], 21, {255: 1}, True),
+        (palette_of(BLACK, WHITE), [0, 1], 21, None, True),
+        (palette_of(WHITE, BLACK), [0, 1], 21, None, True),
+        (palette_of(BLACK, WHITE), [0, 1], 2, None, False),
+        (palette_of(BLACK, RED), [0, 1], 21, None, False),
+        (palette_of(BLACK, WHITE, RED), [0, 1], 21, None, False),
     ],
 )
-def test_a_label_with_channels_or_16_bits_is_refused(tmp_path, pixels, mode):
+def test_a_label_is_refused_where_white_may_be_a_class_or_ignored(
+    tmp_path, three, write, values, nclass, label_map, refused
+):
+    write(tmp_path / three[1].label, np.resize(np.uint8(values), (HEIGHT, WIDTH)))
+    check = functools.partial(check_samples, three[1:2], tmp_path, nclass, label_map=label_map)
+    if refused:
+        assert "may mean a class or 255 (ignored): store 8 bits per pixel" in complaint(check)
+    else:
+        check()
+
+
+def test_one_bit_labels_of_two_classes_are_refused_beside_labels_that_have_255(tmp_path, three):
+    (tmp_path / three[2].label).write_bytes(grey_png(classes(0, 1), 1))
+    for label, values in ((three[0].label, (0, 1)), (three[1].label, (0, 1))):
+        Image.fromarray(classes(*values)).save(tmp_path / label)
+    check_samples(three, tmp_path, 2)
+    Image.fromarray(classes(0, 1, 255)).save(tmp_path / three[0].label)
+    message = complaint(check_samples, three, tmp_path, 2)
+    assert message.startswith(f"{tmp_path / three[2].label}: ") and "store 8 bits" in message
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_labels_of_16_bits_are_read_where_their_values_fit(tmp_path, suffix):
+    path = tmp_path / f"label.{suffix}"
+    Image.fromarray(classes(0, 1, 254, 255).astype(np.uint16)).save(path)
+    assert np.array_equal(read_indices(path), classes(0, 1, 254, 255))
+    Image.fromarray(np.full((HEIGHT, WIDTH), 256, np.uint16)).save(path)
+    assert complaint(read_indices, path).startswith(f"{path}: the label has the value 256;")
+
+
+@pytest.mark.parametrize(("pixels", "mode"), [(photo(3), "RGB"), (photo(4), "RGBA"), (photo(2), "LA")])
+def test_a_label_with_channels_is_refused(tmp_path, pixels, mode):
     path = tmp_path / "label.png"
     save(path, pixels)
-    assert complaint(read_label, path) == (
-        f"{path}: the label is a {mode} image; expected one 8-bit channel of class indices"
+    assert complaint(read_label, path).startswith(
+        f"{path}: the label is a {mode} image; expected one channel of class indices"
     )
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from dataset.cache import ImageCache, open_cache
 from dataset.check import check_samples
 from dataset.files import limit_image_pixels
-from dataset.lists import Sample, find_unlabeled, list_digest, read_list, shared_images
+from dataset.lists import Sample, find_unlabeled, is_hidden, list_digest, read_list, shared_images
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
 from model import build_model, check_pretrained
@@ -140,7 +140,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             if cfg.check_data:
                 for samples in (labeled, unlabeled or [], val):
                     check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, label_map=cfg.label_map)
-                notes += _overlap_notes(labeled, unlabeled or [], val, resolve_path(cfg.data_root))
+                notes += _list_notes(labeled, unlabeled or [], val, resolve_path(cfg.data_root))
             if args.resume == "never" and (aside := set_aside(save_path)):
                 notes.append(f"earlier results were moved to {aside}")
             tidy(save_path, found.damaged)
@@ -188,12 +188,18 @@ def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> lis
     return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
 
 
-def _overlap_notes(labeled: list[Sample], unlabeled: list[Sample], val: list[Sample], data_root: Path) -> Iterator[str]:
+def _list_notes(labeled: list[Sample], unlabeled: list[Sample], val: list[Sample], data_root: Path) -> Iterator[str]:
     for name, samples in (("labelled", labeled), ("unlabelled", unlabeled)):
         if shared := shared_images(val, samples, data_root):
             yield (
                 f"warning: {len(shared)} of {len(val)} validation images are also among the {name} ones, such as "
                 f"{shared[0]}: mIoU will say little about new images"
+            )
+    for name, samples in (("labelled", labeled), ("unlabelled", unlabeled), ("validation", val)):
+        if hidden := [sample.image for sample in samples if is_hidden(sample.image)]:
+            yield (
+                f"warning: {len(hidden)} of {len(samples)} {name} images are hidden or in a hidden folder, such as "
+                f"{hidden[0]}: copies that a program keeps for itself are rarely meant"
             )
 
 
@@ -231,6 +237,9 @@ def _describe(run: Run) -> list[str]:
         rule = (
             f"the linear rule would give {linear:g}: scale_lr: true applies it" if linear != cfg.lr else "as the recipe"
         )
+    group = per_step * (2 if run.method == "unimatch" else 1)
+    few = [f"warning: BatchNorm normalises over {group} images only (batch_size {cfg.batch_size} x {count}): its "
+           "statistics will be noisy; raise batch_size or the processes"] if group <= 2 else []  # fmt: skip
     images = f"{len(run.labeled)} labelled, {len(run.val)} validation"
     images += f", {len(run.unlabeled)} unlabelled" if run.unlabeled is not None else ""
     return [
@@ -240,4 +249,5 @@ def _describe(run: Run) -> list[str]:
         describe_precision(cfg, run.device),
         f"batch: {per_step} labelled{unlabeled} images a step ({cfg.batch_size} x {count}); the recipe's reference is "
         f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",
+        *few,
     ]

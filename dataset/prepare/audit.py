@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from torchvision import io as torchvision_io
 
-from dataset.check import check_root, label_faults, mask_fault
+from dataset.check import can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
 from dataset.errors import DataError
 from dataset.files import IGNORE_INDEX, image_pixel_limit, limit_image_pixels, open_image, orientation, read_label
-from dataset.lists import Sample, location, shared_images
+from dataset.lists import Sample, is_hidden, location, shared_images
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 
@@ -48,6 +48,7 @@ EMPTY = "labels of ignored pixels alone: nothing is learnt from them"
 SMALL = "training images smaller than the crop: padded where scaling leaves them so"
 TWICE = "images more than once in a list"
 COPIES = "byte-identical images under different names"
+HIDDEN = "copies that a program keeps for itself are rarely meant"
 LEAK = "mIoU will say little about new images"
 LEAKED_COPIES = f"training images that are byte-identical to a validation image: {LEAK}"
 
@@ -64,12 +65,14 @@ class Look(NamedTuple):
     """What one sample's files show: findings, a digest of the image file, its size, the label's pixels of each value.
 
     The last three are None where the image or the label cannot be read, or there is no label; `pixels` is int64 (256,).
+    `two_ways`: the label's values may mean other ones (`dataset.check.can_be_read_two_ways`).
     """
 
     findings: list[Finding]
     digest: bytes | None
     size: tuple[int, int] | None
     pixels: np.ndarray | None
+    two_ways: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,16 @@ def inspect_lists(
         values = set(np.flatnonzero(counts.any(0)).tolist())
         if fault := mask_fault(root / found[0][0].label, len(found), values, label_map):
             findings.append(_error(fault))
+        if fault := mixed_fault([root / sample.label for sample in listed if looks[sample].two_ways], values):
+            findings.append(_error(fault))
         mapped = _mapped(counts, label_map)
         pixels[name], images[name] = mapped.sum(0), (mapped > 0).sum(0)
         findings += _absent_classes(name, pixels[name], classes)
     findings += _repetitions(lists, root)
     findings += overlaps(labeled, unlabeled, val, root)
+    for name, listed in lists.items():
+        kind = f"{name} images that are hidden or in a hidden folder: {HIDDEN}"
+        findings += [Finding(WARNING, kind, sample.image) for sample in listed if is_hidden(sample.image)]
     findings += _copies(lists, looks, root)
     sizes = [look.size for listed in (labeled, unlabeled) for look in map(looks.get, listed) if look.size]
     if small := sum(min(size) < crop_size for size in sizes):
@@ -171,14 +179,15 @@ def inspect_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[i
         label = read_label(path)
         pixels = np.array(label.histogram())
         found = np.flatnonzero(pixels).tolist()
-        findings += map(_error, label_faults(sample, root, size, label.size, found, nclass, label_map))
+        findings += map(_error, label_faults(sample, root, size, label, found, nclass, label_map))
     except DataError as error:
         return Look([*findings, _error(error)], digest, size, None)
     if path.suffix.lower() in (".jpg", ".jpeg"):
         findings.append(Finding(WARNING, LOSSY, str(path)))
     if {(label_map or {}).get(value, value) for value in found} == {IGNORE_INDEX}:
         findings.append(Finding(WARNING, EMPTY, str(path)))
-    return Look(findings, digest, size, pixels)
+    two_ways = can_be_read_two_ways(found, label.info["shown"], nclass, label_map)
+    return Look(findings, digest, size, pixels, two_ways)
 
 
 def _error(fault: DataError) -> Finding:
