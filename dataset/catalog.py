@@ -15,6 +15,7 @@ class DatasetInfo:
 
     `image` and `label` are paths relative to `data_root`, as the lists in `splits/` write them. Filled in are `{id}`,
     `{part}` (one of `parts`: the name of the training and of the validation folder) and, for Cityscapes, `{city}`.
+    `unlabeled` is the list or the folder of all training images, of which the labelled ones are left out;
     `eval_mode` is the one of the published figures: "original" or "sliding_window".
     """
 
@@ -24,6 +25,7 @@ class DatasetInfo:
     eval_mode: str
     image: str
     label: str
+    unlabeled: str
     parts: tuple[str, str] = ("train", "val")
 
 
@@ -120,6 +122,7 @@ CATALOG: dict[str, DatasetInfo] = {
             eval_mode="original",
             image="JPEGImages/{id}.jpg",
             label="SegmentationClass/{id}.png",
+            unlabeled="splits/pascal/train.txt",
         ),
         DatasetInfo(
             name="cityscapes",
@@ -128,6 +131,7 @@ CATALOG: dict[str, DatasetInfo] = {
             eval_mode="sliding_window",
             image="leftImg8bit/{part}/{city}/{id}_leftImg8bit.png",
             label="gtFine/{part}/{city}/{id}_gtFine_labelTrainIds.png",
+            unlabeled="splits/cityscapes/train.txt",
         ),
         DatasetInfo(
             name="coco",
@@ -136,6 +140,7 @@ CATALOG: dict[str, DatasetInfo] = {
             eval_mode="original",
             image="{part}2017/{id}.jpg",
             label="masks/{id}.png",
+            unlabeled="train2017",
         ),
         DatasetInfo(
             name="ade20k",
@@ -144,6 +149,7 @@ CATALOG: dict[str, DatasetInfo] = {
             eval_mode="original",
             image="images/{part}/{id}.jpg",
             label="annotations/{part}/{id}.png",
+            unlabeled="images/training",
             parts=("training", "validation"),
         ),
     )

@@ -92,6 +92,7 @@ WRONG_TYPES = {
     "criterion": 5,
     "conf_thresh": "high",
     "seed": "random",
+    "model": "unet",
     "backbone": 50,
     "pretrained": 1,
     "replace_stride_with_dilation": [0, 0, 1],
@@ -105,11 +106,11 @@ WRONG_TYPES = {
     "cache": "all",
     "cache_gb": "much",
     "cache_dir": 5,
-    "channels_last": "yes",
+    "channels_last": "maybe",
     "amp": "bf32",
     "compile": 1,
     "checkpoint_activations": "some",
-    "check_data": "no",
+    "check_data": "never",
     "max_image_pixels": "large",
     "allow_outside_root": "never",
     "on_bad_image": "ignore",
@@ -192,6 +193,45 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(write, key, text, value):
         assert type(getattr(cfg, key)) is type(value)
 
 
+@pytest.mark.parametrize("text", ["010", "0777", "-08", "0x10", "0o17", "0b11", "1:30", "1:30:00", "2020-01-01"])
+@pytest.mark.parametrize(
+    ("key", "form"),
+    [
+        ("epochs", "%s"),
+        ("epochs", "'%s'"),
+        ("lr", "%s"),
+        ("seed", "%s"),
+        ("dilations", "[%s, 12, 18]"),
+        ("palette", "[[%s, 0, 0], [1, 1, 1], [2, 2, 2]]"),
+        ("label_map", "{%s: 1}"),
+        ("label_map", "{0: %s}"),
+        ("criterion.min_kept", "%s"),
+    ],
+)
+def test_a_number_is_what_was_written_or_refused(write, key, form, text):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90 and 0x10 as 16."""
+    message = complaint(write(criterion="OHEM"), [f"{key}={form % text}"])
+    assert message.startswith(f"--set {key}=") and f"'{text}'" in message
+    assert "number, found" in message or "begins with 0, which YAML reads in base 8" in message
+
+
+@pytest.mark.parametrize("text", ["yes", "No", "on", "OFF", "TRUE", "False"])
+@pytest.mark.parametrize("key", ["scale_lr", "pin_memory", "pretrained", "replace_stride_with_dilation"])
+def test_switches_have_the_words_of_yaml_1_1(write, key, text):
+    expected = text.lower() in ("yes", "on", "true")
+    if key == "replace_stride_with_dilation":
+        text, expected = f"[off, no, {text}]", (False, False, expected)
+    assert getattr(load_config(write(), [f"{key}={text}"]), key) == expected
+
+
+@pytest.mark.parametrize("text", ["no", "010", "1:30", "2020-01-01", "1e-3", "1_000", "0x10"])
+@pytest.mark.parametrize("key", ["data_root", "val_id_path", "unlabeled_id_path", "cache_dir"])
+def test_a_text_is_what_was_written(write, key, text):
+    assert getattr(load_config(write(), [f"{key}={text}"]), key) == text
+    in_file = write(yaml.safe_dump({k: v for k, v in BASE.items() if k != key}) + f"{key}: {text}\n")
+    assert getattr(load_config(in_file), key) == text
+
+
 def test_a_whole_number_may_not_have_a_fraction(write):
     assert_refused(write, "epochs", "15e-1", "expected a whole number, found 1.5")
 
@@ -261,7 +301,7 @@ def test_a_missing_key_is_named_and_explained(write, key):
 
 def test_the_number_of_required_keys_is_small():
     required = [field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING]
-    assert sorted(required) == sorted(set(BASE) - {"classes"})
+    assert sorted(required) == sorted(set(BASE) - {"classes", "val_id_path"})
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -273,6 +313,18 @@ def test_a_published_dataset_brings_classes_palette_and_way_of_evaluation(write)
         assert (cfg.classes, cfg.palette, cfg.nclass) == (info.classes, info.palette, len(info.classes))
         assert cfg.eval_mode == info.eval_mode
     assert load_config(write(dataset="cityscapes", classes=None, eval_mode="original")).eval_mode == "original"
+
+
+def test_a_published_dataset_brings_its_lists(write):
+    for name, info in CATALOG.items():
+        cfg = load_config(write(dataset=name, classes=None, val_id_path=None))
+        assert (cfg.val_id_path, cfg.unlabeled_id_path) == (f"splits/{name}/val.txt", info.unlabeled)
+        assert (PROJECT_ROOT / cfg.val_id_path).is_file()
+        folder = info.image.format(part=info.parts[0], city="*", id="*").rsplit("/", 1)[0]
+        assert cfg.unlabeled_id_path == folder or (PROJECT_ROOT / cfg.unlabeled_id_path).is_file()
+    own = load_config(write(dataset="pascal", classes=None, unlabeled_id_path="mine.txt"))
+    assert (own.val_id_path, own.unlabeled_id_path) == (BASE["val_id_path"], "mine.txt")
+    assert load_config(write()).unlabeled_id_path is None
 
 
 def test_any_other_dataset_lists_its_classes(write):
@@ -295,8 +347,13 @@ def test_nclass_alone_gives_numbered_classes(write):
 
 def test_class_names_that_yaml_reads_as_something_else_stay_names(write):
     others = {key: value for key, value in BASE.items() if key != "classes"}
-    cfg = load_config(write(text=yaml.safe_dump(others) + "classes: [0, yes, 1.5]\n"))
-    assert cfg.classes == ("0", "True", "1.5")
+    names = ["no", "yes", "on", "off", "y", "true", "null", "~", "0", "007", "010", "1.50", "+1", "1e-3", "1_000"]
+    names += ["0x1F", "0o17", "1:30", "2020-01-01", ".inf", "=", "<<", "a: b", "NaN"]
+    written = ", ".join(f"'{name}'" if ":" in name and " " in name else name for name in names)
+    cfg = load_config(write(text=yaml.safe_dump(others) + f"classes: [{written}]\n"))
+    assert cfg.classes == tuple(names)
+    assert load_config(write(), [f"classes=[{written}]"]).classes == tuple(names)
+    assert load_config(write(text=yaml.safe_dump(to_dict(cfg)))).classes == tuple(names)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +498,7 @@ def test_an_override_that_is_not_yaml_is_refused(write):
         ("dataset: !!python/object:os.system {}\n", "line 1, column 10"),
         ("dataset: *nowhere\n", "line 1, column 10"),
         ("a: 1\n---\nb: 2\n", "line 2, column 1"),
-        ("dataset: 2020-13-45\n", ""),
+        ("dataset: !!timestamp 2020-13-45\n", ""),
         ("dataset: \0\n", ""),
         ("dataset: " + "[" * 3000, ""),
     ],
@@ -640,6 +697,14 @@ def test_the_published_recipes_are_those_of_the_paper(name, expected):
     assert (cfg.batch_size, cfg.reference_batch, cfg.scale_lr, cfg.pretrained) == (2, 8, False, True)
     assert (cfg.dilations, cfg.replace_stride_with_dilation) == ((6, 12, 18), (False, False, True))
     assert cfg.cutmix_partner == "same_image"
+
+
+@pytest.mark.parametrize("name", ["pascal", "cityscapes", "coco"])
+def test_the_releases_own_files_are_the_same_recipes(name):
+    """As they stand, but for data_root; they have the keys model, nclass and criterion.kwargs.ignore_index."""
+    release = load_config(f"tests/reference/release_configs/{name}.yaml", [f"data_root=data/{name}"])
+    ours = load_config(f"configs/{name}.yaml", [f"data_root=data/{name}"])
+    assert differing_keys(to_dict(release), ours) == []
 
 
 @pytest.mark.parametrize("key", [key for key in FIELDS if key != "nclass"])

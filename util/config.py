@@ -137,7 +137,7 @@ def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[t
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{source}: expected key=value, such as --set epochs=20")
-        yield key.strip(), parse_yaml(value, source), source
+        yield key.strip(), parse_yaml(value, source, key.strip()), source
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, source: str) -> None:

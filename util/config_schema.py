@@ -53,7 +53,9 @@ class Config:
     # data
     dataset: str = _key("name of the data set; pascal, cityscapes and coco bring their classes, palette and eval_mode")
     data_root: str = _setting("folder that the paths in the list files are relative to")
-    val_id_path: str = _key("list of the validation images and labels")
+    val_id_path: str | None = _key(
+        "list of the validation images and labels; default for published data sets: splits/DATASET/val.txt", None
+    )
     crop_size: int = _key(
         "side of the square training crop, and of the sliding evaluation window, in pixels", minimum=16, maximum=8192
     )
@@ -66,7 +68,9 @@ class Config:
         "class (or 255, ignored) of values in the label files, such as {0: 0, 255: 1}; other values stay", None
     )
     unlabeled_id_path: str | None = _key(
-        "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it", None
+        "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it; "
+        "default for published data sets: all their training images",
+        None,
     )
     eval_mode: EvalMode = _key("how a validation image is seen", "original")
     cutmix_partner: Literal["same_image", "other_image"] = _key(
@@ -85,6 +89,7 @@ class Config:
         "seeds every draw: weights, order, geometry, colour, CutMix, dropout", 0, minimum=0, maximum=2**32 - 1
     )
     # model
+    model: Literal["deeplabv3plus"] = _key("the network around the backbone", "deeplabv3plus")
     backbone: str = _key(f"one of {', '.join(BACKBONES)}")
     pretrained: bool | str = _key(
         "true: pretrained/BACKBONE.pth; false: from scratch; or the path of a weights file", True
@@ -147,8 +152,10 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        """Fill in what the data set implies, so that `nclass`, `classes` and `palette` are always there."""
+        """Fill in what the data set implies, so that no list, name or colour of it is missing."""
         known = CATALOG.get(self.dataset)
+        if known is None and self.val_id_path is None:
+            raise ConfigError("key 'val_id_path' is missing (list of the validation images and labels)")
         classes = self.classes
         if classes is None and known is not None:
             classes = known.classes
@@ -163,7 +170,11 @@ class Config:
         if palette is None:
             count = min(len(classes), 256)  # too many classes are refused later, with the key's name
             palette = known.palette if known and len(known.palette) == count else voc_palette(count)
-        for name, value in (("classes", classes), ("palette", palette), ("nclass", self.nclass or len(classes))):
+        implied = {"classes": classes, "palette": palette, "nclass": self.nclass or len(classes)}
+        if known is not None:
+            implied["val_id_path"] = self.val_id_path or f"splits/{self.dataset}/val.txt"
+            implied["unlabeled_id_path"] = self.unlabeled_id_path or known.unlabeled
+        for name, value in implied.items():
             object.__setattr__(self, name, value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import typing
@@ -12,6 +13,8 @@ from util.config_schema import Criterion
 from util.errors import ConfigError, quoted, suggest
 
 CRITERIA = ("CELoss", "OHEM")
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NUMBER = r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 
 
 def without_kwargs(criterion: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +38,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
         if value is None and type(None) in args:
             return None
         kinds = [kind for kind in args if kind is not type(None)]
+        if bool in kinds and isinstance(value, str):
+            value = SWITCHES.get(value.lower(), value)
         exact = [kind for kind in kinds if typing.get_origin(kind) is None and isinstance(value, kind)]
         return convert(value, (exact or kinds)[0], limits)
     if origin is tuple:
@@ -42,6 +47,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     if origin is dict:
         return convert_label_map(value)
     if hint is bool:
+        if isinstance(value, str):
+            value = SWITCHES.get(value.lower(), value)
         if not isinstance(value, bool):
             raise ConfigError(f"expected true or false, found {quoted(value)}")
         return value
@@ -57,7 +64,7 @@ def _convert_tuple(value: Any, args: tuple[Any, ...], limits: Mapping[str, Any])
         raise ConfigError(f"expected a list, found {quoted(value)}")
     if args[-1] is not Ellipsis and len(value) != len(args):
         raise ConfigError(f"expected {len(args)} values, found {quoted(value)}")
-    if args[0] is str:  # class names such as `1`, `yes` or `null` come out of YAML as something else
+    if args[0] is str:  # class names such as 1, given as another type than text
         value = [item if isinstance(item, (str, list, dict)) else str(item) for item in value]
     return tuple(convert(item, args[0], limits) for item in value)
 
@@ -84,11 +91,12 @@ def convert_label_map(value: Any) -> dict[int, int] | None:
 
 def convert_number(value: Any, hint: type, limits: Mapping[str, Any]) -> Any:
     kind = "a whole number" if hint is int else "a number"
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a dot, as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ConfigError(f"expected {kind}, found {quoted(value)}") from None
+    if isinstance(value, str):  # 1e-3, without a dot, is text to YAML
+        if re.fullmatch(r"[-+]?0[0-9_]+.*", value):
+            raise ConfigError(f"{quoted(value)} begins with 0, which YAML reads in base 8: leave the 0 out")
+        if not re.fullmatch(NUMBER, value):
+            raise ConfigError(f"expected {kind}, found {quoted(value)}")
+        value = float(value)
     finite = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # False for NaN
     if isinstance(value, bool) or not finite:
         raise ConfigError(f"expected {kind}, found {quoted(value)}")
