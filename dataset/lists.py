@@ -128,9 +128,11 @@ def images_in(folder: Path, root: Path, left_out: list[str] | None = None) -> li
     gets the paths of all else: hidden folders and images, links that lead back, files of other kinds.
     """
     found, left_out = [], [] if left_out is None else left_out
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(str(folder), ())]
+    around = Path(os.path.realpath(folder)).parents
+    # A folder, and what it lies in: (device, number) of each folder.
+    waiting = [(str(folder), tuple((status.st_dev, status.st_ino) for status in map(os.stat, around)))]
     while waiting:
-        directory, above = waiting.pop()  # a folder, and what it lies in: (device, number) of each folder
+        directory, above = waiting.pop()
         relative = Path(os.path.relpath(directory, root)).as_posix()
         try:
             status = os.stat(directory)

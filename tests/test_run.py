@@ -1,0 +1,74 @@
+"""util/run.py: what the start of a run decides and says."""
+
+import contextlib
+import os
+import shutil
+
+import pytest
+
+from tests.helpers import make_dataset
+from util.cli import parse_args
+from util.distributed.launch import Processes
+from util.run import open_run
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_dataset(tmp_path / "data")
+
+
+def start(data, tmp_path, capsys, *extra, method="unimatch"):
+    """Open a run and end it at once: its config and what was printed."""
+    arguments = parse_args(method, [*data.arguments(tmp_path / "run"), *extra])
+    with open_run(method, arguments) as run:
+        return run.cfg, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "reference", "expected", "said"),
+    [
+        (2, 2, 4, "batch size: doubled, as the published supervised baseline does"),
+        (2, 8, 4, "batch size: doubled, as the published supervised baseline does"),
+        # As the release says to write it by hand.
+        (4, 2, 4, "batch size: not doubled, 4 images a step are already twice the recipe's 2"),
+    ],
+)
+def test_a_batch_that_is_doubled_already_is_left_alone(data, tmp_path, capsys, batch_size, reference, expected, said):
+    data.configure(batch_size=batch_size, reference_batch=reference)
+    cfg, output = start(data, tmp_path, capsys, "--double-batch", method="supervised")
+    assert (cfg.batch_size, cfg.reference_batch) == (expected, 2 * reference) and said in output
+
+
+def test_the_batch_is_counted_over_all_processes_before_it_is_doubled(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("util.run.find_processes", lambda _: Processes(0, 2, 0))
+    monkeypatch.setattr("util.run.process_group", lambda *_: contextlib.nullcontext())
+    data.configure(batch_size=2, reference_batch=2)
+    cfg, output = start(data, tmp_path, capsys, "--double-batch", method="supervised")
+    assert cfg.batch_size == 2 and "not doubled, 4 images a step" in output
+
+
+def test_hidden_images_of_a_list_are_warned_of(data, tmp_path, capsys):
+    assert "are hidden" not in start(data, tmp_path, capsys)[1]
+    (data.root / "images/.ipynb_checkpoints").mkdir()
+    shutil.copy(data.root / "images/val0.jpg", data.root / "images/.ipynb_checkpoints/val0-checkpoint.jpg")
+    with open(data.unlabeled, "a", encoding="utf-8") as file:
+        file.write("images/.ipynb_checkpoints/val0-checkpoint.jpg\n")
+    output = start(data, tmp_path, capsys)[1]
+    assert "warning: 1 of 7 unlabelled images are hidden or in a hidden folder, such as images/.ipynb_checkp" in output
+
+
+def test_a_folder_of_unlabelled_images_is_used_without_what_is_hidden(data, tmp_path, capsys):
+    data.configure(unlabeled_id_path="images")
+    before = start(data, tmp_path, capsys)[1]
+    (data.root / "images/.ipynb_checkpoints").mkdir()
+    shutil.copy(data.root / "images/val0.jpg", data.root / "images/.ipynb_checkpoints/val0-checkpoint.jpg")
+    (data.root / "images/._val0.jpg").write_bytes(b"\0\5\x16\7")
+    os.symlink("..", data.root / "images/up")
+    after = start(data, tmp_path, capsys)[1]
+    assert "8 unlabelled images" in before and "8 unlabelled images" in after
+
+
+@pytest.mark.parametrize(("batch_size", "told"), [(1, True), (2, False)])
+def test_a_batch_of_one_image_is_warned_of(data, tmp_path, capsys, batch_size, told):
+    data.configure(batch_size=batch_size)
+    assert ("warning: BatchNorm normalises over 2 images only" in start(data, tmp_path, capsys)[1]) is told
