@@ -93,3 +93,18 @@ find_python() { # sets PYTHON, unless set, to the first interpreter that has tor
     done
     wrong "no Python with torch found; run sh scripts/setup_env.sh, or name an interpreter: PYTHON=PATH"
 }
+
+wait_for() { # <process> <signals ...>: sets status to its exit status; the signals are passed on to it
+    process=$1
+    shift
+    for signal in "$@"; do
+        # shellcheck disable=SC2064 # the values of now
+        trap "kill -$signal $process 2>/dev/null" "$signal"
+    done
+    status=0
+    wait "$process" || status=$?
+    while kill -0 "$process" 2>/dev/null; do # a signal ended the waiting, not the process
+        status=0
+        wait "$process" || status=$?
+    done
+}

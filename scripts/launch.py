@@ -144,6 +144,8 @@ def run(processes, port, script, arguments, max_restarts=0):
 
 def main(argv=None):
     """Check, run, and return the exit status."""
+    # A shell's background process, as with `seeds` of train.sh, would ignore Ctrl-C until torchrun takes over.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         args = parse_args(argv)
         if args.processes < 1:

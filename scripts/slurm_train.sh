@@ -74,18 +74,8 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ]; then
 fi
 
 srun "$@" &
-srun=$!
 # With `--signal=B:...` the batch script gets the signal; otherwise srun's processes do.
-for signal in USR1 TERM INT; do
-    # shellcheck disable=SC2064 # the values of now
-    trap "kill -$signal $srun 2>/dev/null" "$signal"
-done
-status=0
-wait "$srun" || status=$?
-while kill -0 "$srun" 2>/dev/null; do # a signal ended the waiting, not srun
-    status=0
-    wait "$srun" || status=$?
-done
+wait_for "$!" USR1 TERM INT
 if [ "$status" -eq 138 ]; then # ended by SIGUSR1, after saving: see Resuming in README.md
     echo "saved before the time limit; job $SLURM_JOB_ID queues itself again" >&2
     scontrol requeue "$SLURM_JOB_ID"

@@ -12,6 +12,7 @@ usage() {
     echo "usage: [NAME=VALUE ...] sh scripts/train.sh <num_gpu> [port] [arguments of METHOD.py ...]"
     variables
     echo "Also max_restarts (default 0): how often to start all processes again, from the last checkpoint, when one fails."
+    echo 'Also seeds, such as "0 1 2": a run for each, in turn, in SAVED/seedN; those that are finished are left alone.'
     echo "example: dataset=cityscapes split=1_16 sh scripts/train.sh 4 29500 --set epochs=2"
 }
 
@@ -34,11 +35,41 @@ case $max_restarts in
     *[!0-9]* | ????*) wrong "max_restarts must be a number, not '$max_restarts'" ;;
     *[1-9]*) restarts=yes ;;
 esac
+seeds=${seeds:-}
+case $seeds in
+    *[0-9]* | '') ;;
+    *) wrong "seeds must be numbers with spaces between them, not '$seeds'" ;;
+esac
+for seed in $seeds; do
+    case $seed in
+        *[!0-9]*) wrong "seeds must be numbers with spaces between them, not '$seeds'" ;;
+    esac
+done
 check_run
 find_python
 
-# exec: a signal to this script reaches the launcher, which passes it on to all processes.
-exec "$PYTHON" -m scripts.launch --processes "$num_gpu" ${port:+--port "$port"} \
-    ${restarts:+--max-restarts "$max_restarts"} "$method.py" --config "$config" --labeled-id-path "$labeled" \
-    ${unlabeled:+--unlabeled-id-path "$unlabeled"} \
-    --save-path "$save" ${double:+--double-batch} "$@"
+launch() { # <save path> [arguments of METHOD.py ...]
+    save=$1
+    shift
+    set -- --processes "$num_gpu" ${port:+--port "$port"} \
+        ${restarts:+--max-restarts "$max_restarts"} "$method.py" --config "$config" --labeled-id-path "$labeled" \
+        ${unlabeled:+--unlabeled-id-path "$unlabeled"} \
+        --save-path "$save" ${double:+--double-batch} "$@"
+    if [ -z "$seeds" ]; then
+        # exec: a signal to this script reaches the launcher, which passes it on to all processes.
+        exec "$PYTHON" -m scripts.launch "$@"
+    fi
+    "$PYTHON" -m scripts.launch "$@" &
+    # Ctrl-C reaches the launcher without us, and a second one would end it before it has saved.
+    wait_for "$!" USR1 TERM
+    trap - USR1 TERM
+}
+
+[ -n "$seeds" ] || launch "$save" "$@"
+trap : INT
+folder=$save
+for seed in $seeds; do
+    echo "seed $seed, in $folder/seed$seed"
+    launch "$folder/seed$seed" "$@" --set "seed=$seed"
+    [ "$status" -eq 0 ] || exit "$status"
+done

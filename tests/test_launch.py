@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from scripts import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
 OURS = ("dataset", "method", "exp", "split", "config", "labeled", "unlabeled", "double_batch", "gpus_per_node",
-        "cpus_per_task", "max_restarts", "SLURM_JOB_ID", "SLURM_STEP_ID", "PYTHON",
+        "cpus_per_task", "max_restarts", "seeds", "SLURM_JOB_ID", "SLURM_STEP_ID", "PYTHON",
         "OMP_NUM_THREADS", "VIRTUAL_ENV", "CONDA_PREFIX", "MASTER_ADDR", "MASTER_PORT",
         "RANK", "WORLD_SIZE", "LOCAL_RANK")  # fmt: skip
 
@@ -34,11 +36,11 @@ os.write(1, (line + "\\n").encode())  # in one piece, as several processes share
 """
 
 
-def run(*command, cwd=ROOT, **variables):
+def run(*command, cwd=ROOT, timeout=120, **variables):
     """Run a command with none of the launchers' variables set but those given; stdout and stderr apart."""
     env = {key: value for key, value in os.environ.items() if key not in OURS} | variables
     command = [str(word) for word in command]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def run_launch(script, *arguments, processes=1, **kwargs):
@@ -335,6 +337,80 @@ def test_train_restarts_as_often_as_told(project):
     assert_usage_error(sh(project, "train.sh", 2, max_restarts="often"), "max_restarts", "'often'")
 
 
+def test_train_runs_each_seed_in_its_own_folder_and_stops_at_the_first_failure(project):
+    write(project / "unimatch.py", RECORD + "sys.exit(5 * ('seed=1' in sys.argv))")
+    result = sh(project, "train.sh", 1, "--set", "epochs=2", seeds="4 0 1 2", PYTHON=sys.executable)
+    assert (result.returncode, result.stderr) == (5, "")
+    told, ran = [line for line in result.stdout.splitlines() if line.startswith("seed ")], []
+    save = "exp/pascal/unimatch/r101/732"
+    for line in result.stdout.splitlines():
+        if not line.startswith("seed "):
+            ran.append(json.loads(line)["argv"][-6:])
+    assert told == [f"seed {n}, in {save}/seed{n}" for n in (4, 0, 1)]
+    assert ran == [
+        ["--save-path", f"{save}/seed{n}", "--set", "epochs=2", "--set", f"seed={n}"] for n in (4, 0, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_script_ends_the_seed_that_runs_and_no_other_starts(project, tmp_path, number):
+    started = tmp_path / "started"
+    write(
+        tmp_path / "python",
+        f"#!/bin/sh\ntrap 'exit 7' TERM USR1\necho run >>'{started}'\nwhile :; do sleep 0.1; done\n",
+        0o755,
+    )
+    env = {key: value for key, value in os.environ.items() if key not in OURS}
+    process = subprocess.Popen(
+        ["sh", str(project / "scripts/train.sh"), "1"], env=env | {"seeds": "0 1", "PYTHON": str(tmp_path / "python")},
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 7
+        assert started.read_text() == "run\n"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.slow
+def test_seeds_that_are_finished_are_left_alone_and_the_others_go_on(tmp_path):
+    """With the real training script, on four small pictures."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+        Image.fromarray(rng.integers(0, 2, (32, 32), dtype=np.uint8)).save(tmp_path / f"{index}-label.png")
+        lines.append(f"{index}.png {index}-label.png\n")
+    labeled = write(tmp_path / "labeled.txt", "".join(lines))
+    config = write(
+        tmp_path / "tiny.yaml",
+        f"{{dataset: tiny, nclass: 2, data_root: '{tmp_path}', val_id_path: '{labeled}', crop_size: 32, epochs: 1, "
+        "batch_size: 2, lr: 0.01, backbone: resnet10, pretrained: false, workers: 0, device: cpu}",
+    )
+    name = f"test-seeds-{os.getpid()}"
+    saved = ROOT / "exp" / name
+    variables = {"dataset": name, "method": "supervised", "config": str(config), "labeled": str(labeled)}
+    try:
+        results = [
+            run("sh", "scripts/train.sh", 1, timeout=600, seeds=seeds, PYTHON=sys.executable, **variables)
+            for seeds in ("1", "1 2")
+        ]
+        assert [(r.returncode, r.stderr) for r in results] == [(0, ""), (0, "")]
+        folder = saved / "supervised/r101/732"
+        assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
+        log = (folder / "seed1/train.log").read_text()
+        assert log.count("epoch 1/1: IoU") == 1 and "1 of 1 epochs are done" in log
+        assert "seed: 2\n" in (folder / "seed2/config.yaml").read_text()
+    finally:
+        shutil.rmtree(saved, ignore_errors=True)
+
+
 def test_train_doubles_the_supervised_batch_unless_told_otherwise(project):
     assert "--double-batch" in arguments_of(sh(project, "train.sh", 1, method="supervised"))
     assert "--double-batch" not in arguments_of(sh(project, "train.sh", 1, method="supervised", double_batch="0"))
@@ -364,6 +440,8 @@ def test_train_finds_the_toy_sets_list_or_says_how_to_make_it(project):
         (["1"], {"labeled": "no.txt"}, ["labeled=no.txt: no such file"]),
         (["1"], {"config": "no.yaml"}, ["config=no.yaml: no such file"]),
         (["1"], {"PYTHON": "no/python"}, ["PYTHON=no/python"]),
+        (["1"], {"seeds": "0, 1"}, ["seeds must be numbers", "'0, 1'"]),
+        (["1"], {"seeds": " "}, ["seeds must be numbers"]),
     ],
 )
 def test_train_called_wrong_says_what_and_which_choices_exist(project, arguments, variables, expected):

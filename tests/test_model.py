@@ -111,7 +111,11 @@ def test_children_are_the_five_parts_of_deeplabv3plus(backbone):
 
 @pytest.mark.parametrize(
     ("backbone", "c1_channels", "c4_channels"),
-    [("resnet18", 64, 512), *((name, 256, 2048) for name in BACKBONES if name != "resnet18")],
+    [
+        ("resnet10", 32, 256),
+        ("resnet18", 64, 512),
+        *((name, 256, 2048) for name in BACKBONES if name not in ("resnet10", "resnet18")),
+    ],
 )
 def test_features_have_the_backbone_s_width_and_the_decoder_an_eighth_of_c4(backbone, c1_channels, c4_channels):
     model = make_meta(backbone)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from model.backbone.dinov2 import dinov2_base, dinov2_giant, dinov2_large, dinov2_small
-from model.backbone.resnet import resnet18, resnet50, resnet101
+from model.backbone.resnet import resnet10, resnet18, resnet50, resnet101
 from model.backbone.resnet_tv import resnet50_tv, resnet101_tv
 from model.backbone.xception import xception65
 
@@ -23,6 +23,7 @@ BACKBONES = {
     "xception": xception65,
     "resnet50_tv": resnet50_tv,
     "resnet101_tv": resnet101_tv,
+    "resnet10": resnet10,
 }
 DINOV2_BACKBONES = {
     "dinov2_small": dinov2_small,

@@ -70,7 +70,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNet without its classifier.
 
-    `blocks`: blocks in each of the four stages. `stem`: width of the three stem convolutions.
+    `blocks`: blocks in each of the four stages. `stem`: width of the three stem convolutions. `width`: of stage 1's 3x3
+    convolutions; each later stage has twice as many channels.
     `replace_stride_with_dilation`: for stages 2, 3, 4, keep the resolution and dilate instead;
     (False, False, True) gives output stride 16, (False, True, True) gives 8.
     """
@@ -83,6 +84,7 @@ class ResNet(nn.Module):
         blocks: tuple[int, int, int, int],
         replace_stride_with_dilation: tuple[bool, bool, bool],
         stem: tuple[int, int, int] = (64, 64, 128),
+        width: int = 64,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(
@@ -100,12 +102,12 @@ class ResNet(nn.Module):
 
         self._channels, self._dilation = stem[2], 1  # what the next stage starts from
         dilate2, dilate3, dilate4 = replace_stride_with_dilation
-        self.layer1 = self._stage(block, 64, blocks[0], stride=1, dilate=False)
-        self.layer2 = self._stage(block, 128, blocks[1], stride=2, dilate=dilate2)
-        self.layer3 = self._stage(block, 256, blocks[2], stride=2, dilate=dilate3)
-        self.layer4 = self._stage(block, 512, blocks[3], stride=2, dilate=dilate4)
-        self.c1_channels = 64 * block.expansion
-        self.c4_channels = 512 * block.expansion
+        self.layer1 = self._stage(block, width, blocks[0], stride=1, dilate=False)
+        self.layer2 = self._stage(block, 2 * width, blocks[1], stride=2, dilate=dilate2)
+        self.layer3 = self._stage(block, 4 * width, blocks[2], stride=2, dilate=dilate3)
+        self.layer4 = self._stage(block, 8 * width, blocks[3], stride=2, dilate=dilate4)
+        self.c1_channels = width * block.expansion
+        self.c4_channels = 8 * width * block.expansion
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -147,6 +149,11 @@ def forward_stages(resnet: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     c1 = stage(resnet.layer1, run(resnet, x, again=resnet.checkpoint_activations, function=stem))
     return c1, stage(resnet.layer4, stage(resnet.layer3, stage(resnet.layer2, c1)))
+
+
+def resnet10(replace_stride_with_dilation: tuple[bool, bool, bool]) -> ResNet:
+    """A block a stage at half the width: small enough to compare methods on a CPU in minutes. From scratch only."""
+    return ResNet(BasicBlock, (1, 1, 1, 1), replace_stride_with_dilation, stem=(16, 16, 32), width=32)
 
 
 def resnet18(replace_stride_with_dilation: tuple[bool, bool, bool]) -> ResNet:
