@@ -1,6 +1,6 @@
+# What train.sh and slurm_train.sh share; sourced in the project's root. They define `usage`.
 # shellcheck shell=sh
 # shellcheck disable=SC2154,SC2034 # the scripts set dataset, method, exp and split, and use what is set here
-# What train.sh and slurm_train.sh share; sourced in the project's root. They define `usage`.
 
 wrong() { # usage and one error line
     usage >&2

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers import TinyData, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +18,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TinyData:
+    """A tiny data set of the test's own, to be spoiled at will; modules that train on one share one of their own."""
+    return make_dataset(tmp_path / "data")

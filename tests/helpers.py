@@ -1,4 +1,4 @@
-"""What several tests need: a tiny data set on disk and the real scripts as subprocesses."""
+"""What several tests need: a tiny data set, small models, reference batches, the real scripts as subprocesses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
+
+from dataset.semi import UnlabeledViews
+from model import build_model
+from tests.reference import formulas
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,3 +113,37 @@ def run_script(
     command = [sys.executable, *map(str, args)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command, cwd=cwd, env=variables, timeout=timeout, capture_output=True, text=True, check=False)
+
+
+def model_config(**changes: Any) -> SimpleNamespace:
+    """The keys of a config that shape a model and how it computes; by default a ResNet-18 with 5 classes."""
+    values = {
+        "backbone": "resnet18",
+        "nclass": 5,
+        "dilations": (6, 12, 18),
+        "replace_stride_with_dilation": (False, False, True),
+        "pretrained": False,
+        "checkpoint_activations": "none",
+        "channels_last": False,
+        "amp": "none",
+        "compile": False,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def make_model(**changes: Any) -> torch.nn.Module:
+    """The model of `model_config`, with the same random weights each time. torch's generator is seeded."""
+    torch.manual_seed(0)
+    return build_model(model_config(**changes))
+
+
+def reference_batch(
+    seed: int, i: int, batch: int = 4, size: int = 49, nclass: int = 5, dtype: torch.dtype = torch.float64
+) -> tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews]:
+    """Step i's batch of the reference figures: ((image, label), views, the CutMix partner's views)."""
+    image, label = formulas.labeled(seed + 10 + i, batch, size, nclass)
+    views = []
+    for offset in (100, 200):
+        parts = [torch.from_numpy(part) for part in formulas.unlabeled(seed + offset + i, batch, size)]
+        views.append(UnlabeledViews(*(part.to(dtype) if part.ndim == 4 else part for part in parts)))
+    return (torch.from_numpy(image).to(dtype), torch.from_numpy(label)), *views

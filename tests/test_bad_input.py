@@ -15,15 +15,10 @@ from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
 from scripts.predict import find_images
 from tests import faults
-from tests.helpers import PROJECT_ROOT, make_dataset, run_script
+from tests.helpers import PROJECT_ROOT, run_script
 from util.cli import parse_args, run_main
 from util.config import load_config
 from util.errors import EXIT_USER_ERROR
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_dataset(tmp_path / "data")
 
 
 @pytest.fixture(autouse=True)

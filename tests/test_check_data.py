@@ -39,11 +39,6 @@ from util.visualize import percent, share_chart
 
 
 @pytest.fixture
-def data(tmp_path):
-    return make_dataset(tmp_path / "data")
-
-
-@pytest.fixture
 def check(data, capsys):
     """Run the script in this process: (exit status, what it prints)."""
 

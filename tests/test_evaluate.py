@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.transform import normalize
-from model import build_model
 from scripts.benchmark import naive as naive
+from tests.helpers import make_model
 from tests.reference import formulas
 from tests.reference.weights import reference_state
 from util.evaluate import center_crop, evaluate, predict, sliding_window
@@ -37,18 +36,6 @@ class _WindowModel(nn.Module):
         self.sizes += len(x) * [tuple(x.shape[2:])]
         logits = torch.einsum("kc,bchw->bkhw", self.weight, x.double())
         return self.norm(3 * logits - logits.amax(dim=(2, 3), keepdim=True))
-
-
-def _model(backbone: str, nclass: int) -> nn.Module:
-    return build_model(
-        SimpleNamespace(
-            backbone=backbone,
-            nclass=nclass,
-            dilations=(6, 12, 18),
-            replace_stride_with_dilation=(False, False, True),
-            pretrained=False,
-        )
-    )
 
 
 def _samples(nclass: int, sizes, count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -81,7 +68,7 @@ def reference_samples():
 @pytest.fixture(scope="module")
 def reference_model(reference_samples):
     """ResNet-50 in float64, its classifier stretched and centred so that predictions spread over the classes."""
-    model = _model("resnet50", 19)
+    model = make_model(backbone="resnet50", nclass=19)
     model.load_state_dict(reference_state(model))
     model.double().eval()
     with torch.no_grad():
@@ -229,7 +216,7 @@ def test_evaluation_equals_the_naive_one(mode):
 
 @pytest.fixture(scope="module")
 def small_model() -> nn.Module:
-    return _model("resnet18", 4)
+    return make_model(nclass=4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -269,7 +256,7 @@ def test_a_model_that_has_been_evaluated_can_be_trained_on():
 @pytest.mark.parametrize("mode", MODES)
 def test_predicting_reads_no_value_back_from_the_device(mode, device):
     with FakeTensorMode(), torch.device(device), torch.no_grad():
-        model = _model("resnet18", 4).eval()
+        model = make_model(nclass=4).eval()
         image = normalize(torch.empty(1, 3, 40, 61, dtype=torch.uint8))
         if mode == "center_crop":
             image = center_crop(image, 33)

@@ -22,11 +22,6 @@ MAP = {0: 0, 100: 1, 200: 2, 7: 255}
 
 
 @pytest.fixture
-def data(tmp_path):
-    return make_dataset(tmp_path / "data")
-
-
-@pytest.fixture
 def coded(tmp_path):
     """The same data with the class values 0, 1, 2 stored as 0, 100, 200 and the ignored 255 as 7."""
     data = make_dataset(tmp_path / "coded")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models._utils import IntermediateLayerGetter
 
-from model import BACKBONES, build_model
+from model import BACKBONES
 from model.backbone import create_backbone
 from model.backbone.xception import Block
+from tests.helpers import make_model
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state
 
@@ -29,14 +29,12 @@ OS8, OS16, OS32 = (False, True, True), (False, False, True), (False, False, Fals
 
 
 def make(backbone="resnet18", nclass=5, dilations=(6, 12, 18), replace_stride_with_dilation=OS16):
-    cfg = SimpleNamespace(
+    return make_model(
         backbone=backbone,
         nclass=nclass,
         dilations=dilations,
         replace_stride_with_dilation=replace_stride_with_dilation,
-        pretrained=False,
     )
-    return build_model(cfg)
 
 
 def make_meta(*args, **kwargs):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import BACKBONES, build_model
+from model import BACKBONES
 from supervised import main as supervised
-from tests.helpers import make_dataset
-from tests.test_steps import _batch
+from tests.helpers import make_dataset, make_model, model_config, reference_batch
 from unimatch import unimatch_step
 from util.cli import parse_args
 from util.errors import ConfigError
@@ -25,25 +22,8 @@ from util.semi import consistency_loss, pseudo_label
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def _cfg(**changes) -> SimpleNamespace:
-    values = {
-        "backbone": "resnet18",
-        "nclass": 5,
-        "dilations": (6, 12, 18),
-        "replace_stride_with_dilation": (False, False, True),
-        "pretrained": False,
-        "channels_last": False,
-        "amp": "none",
-        "compile": False,
-        "checkpoint_activations": "none",
-    }
-    return SimpleNamespace(**values | changes)
-
-
 def _model(**changes) -> nn.Module:
-    torch.manual_seed(0)
-    cfg = _cfg(**changes)
-    return set_precision(build_model(cfg), cfg)
+    return set_precision(make_model(**changes), model_config(**changes))
 
 
 # Autocast
@@ -111,7 +91,7 @@ def test_a_step_on_a_gpu_with_every_option_reads_nothing_back(amp):
 
 
 def _fake_views():
-    views = _batch(0, 2, 49, torch.float32)[1]
+    views = reference_batch(20230, 0, 2, dtype=torch.float32)[1]
     return type(views)(*(torch.empty(part.shape, dtype=part.dtype) for part in views[:6]))
 
 
@@ -147,21 +127,21 @@ def test_compilation_without_a_compiler_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"^compile: true needs a C\+\+ compiler.*--set compile=false$"):
-        check_precision(_cfg(compile=True), CPU)
-    check_precision(_cfg(), CPU)
+        check_precision(model_config(compile=True), CPU)
+    check_precision(model_config(), CPU)
 
 
 def test_fp16_on_the_cpu_is_refused_in_one_line():
     with pytest.raises(ConfigError, match=r"^amp: fp16 needs a GPU, and this run is on cpu: use bf16 or none$"):
-        check_precision(_cfg(amp="fp16"), CPU)
-    check_precision(_cfg(amp="fp16"), GPU)
-    check_precision(_cfg(amp="bf16"), CPU)
+        check_precision(model_config(amp="fp16"), CPU)
+    check_precision(model_config(amp="fp16"), GPU)
+    check_precision(model_config(amp="bf16"), CPU)
 
 
 def test_the_loss_is_scaled_with_fp16_only():
     loss = torch.tensor(3.0)
-    assert build_scaler(_cfg(amp="bf16"), CPU).scale(loss) is loss
-    scaler = build_scaler(_cfg(amp="fp16"), CPU)
+    assert build_scaler(model_config(amp="bf16"), CPU).scale(loss) is loss
+    scaler = build_scaler(model_config(amp="fp16"), CPU)
     assert scaler.is_enabled() and scaler.scale(loss) > 1000 * loss
 
 
@@ -189,11 +169,13 @@ def test_a_run_says_how_it_computes_and_trains_so(tmp_path, capsys):
 
 
 def test_the_default_is_float32_and_eager_contiguous_on_gpus_and_channels_last_on_cpus():
-    cfg = _cfg(channels_last=None)
+    cfg = model_config(channels_last=None)
     kept = "activations computed again: none"
     assert describe_precision(cfg, GPU) == f"computing: float32, contiguous, eager, {kept}"
     assert describe_precision(cfg, CPU) == f"computing: float32, channels_last, eager, {kept}"
-    assert describe_precision(_cfg(channels_last=False), CPU) == f"computing: float32, contiguous, eager, {kept}"
+    assert (
+        describe_precision(model_config(channels_last=False), CPU) == f"computing: float32, contiguous, eager, {kept}"
+    )
     weights = [_model(channels_last=value).classifier.weight for value in (None, False)]
     assert weights[0].is_contiguous(memory_format=torch.channels_last) and weights[1].is_contiguous()
     with FakeTensorMode(), GPU:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,19 +13,13 @@ import torchvision
 import model.weights
 from model import BACKBONES, WeightsError, build_model, load_checkpoint_state, read_checkpoint
 from model.backbone import create_backbone
+from tests.helpers import model_config
 
 STATE_DICTS = json.loads((Path(__file__).parent / "reference" / "state_dicts.json").read_text())
 
 
 def make(backbone="resnet18", nclass=5, pretrained=False, load=True):
-    cfg = SimpleNamespace(
-        backbone=backbone,
-        nclass=nclass,
-        dilations=(6, 12, 18),
-        replace_stride_with_dilation=(False, False, True),
-        pretrained=pretrained,
-    )
-    return build_model(cfg, pretrained=load)
+    return build_model(model_config(backbone=backbone, nclass=nclass, pretrained=pretrained), pretrained=load)
 
 
 def filled(shapes):

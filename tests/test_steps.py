@@ -12,10 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.semi import UnlabeledViews
 from fixmatch import fixmatch_step
-from model import build_model
 from scripts.benchmark import naive as naive
 from supervised import supervised_step
-from tests.reference import formulas
+from tests.helpers import make_model, reference_batch
 from tests.reference.weights import check_summary, reference_state
 from unimatch import unimatch_step
 from util.config import Criterion
@@ -28,33 +27,8 @@ STEPS = 8
 CURVES = {"loss": "loss_all", "loss_fp": "loss_w_fp"}
 
 
-def _model(backbone: str = "resnet50", nclass: int = 5) -> torch.nn.Module:
-    cfg = SimpleNamespace(
-        backbone=backbone,
-        nclass=nclass,
-        dilations=(6, 12, 18),
-        replace_stride_with_dilation=(False, False, True),
-        pretrained=False,
-    )
-    return build_model(cfg)
-
-
-def _labeled(seed: int, batch: int, size: int, nclass: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    image, label = formulas.labeled(seed, batch, size, nclass)
-    return torch.from_numpy(image).to(dtype), torch.from_numpy(label)
-
-
-def _unlabeled(seed: int, batch: int, size: int, dtype: torch.dtype) -> UnlabeledViews:
-    views = [torch.from_numpy(part) for part in formulas.unlabeled(seed, batch, size)]
-    return UnlabeledViews(*(part.to(dtype) if part.ndim == 4 else part for part in views))
-
-
-def _batch(i: int, batch: int = 4, size: int = 49, dtype: torch.dtype = torch.float64):
-    return (
-        _labeled(SEED + 10 + i, batch, size, 5, dtype),
-        _unlabeled(SEED + 100 + i, batch, size, dtype),
-        _unlabeled(SEED + 200 + i, batch, size, dtype),
-    )
+def _batch(i: int, **sizes):
+    return reference_batch(SEED, i, **sizes)
 
 
 def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torch.Tensor.backward):
@@ -68,7 +42,7 @@ def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torc
 def test_eight_steps_equal_the_reference_figures(name):
     method, criterion_name = name.split("/")
     expected = FIGURES["steps"][name]
-    model = _model()
+    model = make_model(backbone="resnet50")
     start = reference_state(model)
     model.load_state_dict(start)
     model.double().to(memory_format=torch.channels_last)  # float64 convolutions are faster so on the CPU
@@ -100,7 +74,7 @@ def test_eight_steps_equal_the_reference_figures(name):
 def test_gradients_of_the_parts_equal_those_of_the_whole_loss(method):
     def gradients(whole: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        model = _model("resnet18").double()
+        model = make_model().double()
         parts = []
         torch.manual_seed(1)
         _run(
@@ -122,7 +96,7 @@ def test_gradients_of_the_parts_equal_those_of_the_whole_loss(method):
 def test_a_unimatch_step_equals_the_naive_one():
     def step(function, *args) -> tuple[float, list[torch.Tensor]]:
         torch.manual_seed(0)
-        model = _model("resnet18").double()
+        model = make_model().double()
         torch.manual_seed(1)
         result = function(model, _batch(0, batch=2, size=33), *args)
         loss = result["loss"] if isinstance(result, dict) else result
@@ -138,7 +112,7 @@ def test_a_unimatch_step_equals_the_naive_one():
 
 @pytest.mark.parametrize("method", ["unimatch", "fixmatch"])
 def test_the_first_part_is_back_propagated_before_the_strong_forward(method):
-    model = _model("resnet18")
+    model = make_model()
     events = []
     model.register_forward_pre_hook(lambda module, args: events.append("train" if module.training else "eval"))
 
@@ -166,7 +140,7 @@ def test_a_step_mixes_no_devices_and_reads_no_value_back(method, criterion_name,
             part.backward()
 
     with FakeTensorMode(), torch.device(device):
-        model = _model("resnet18")
+        model = make_model()
         criterion = build_criterion(SimpleNamespace(criterion=Criterion(criterion_name, min_kept=1500)))
         optimizer = build_optimizer(model, lr=1e-3, lr_multi=1)
         metrics = _run(method, model, _fake_batch(), criterion, 0.95, backward)
@@ -190,7 +164,7 @@ def _fake_batch(batch: int = 2, size: int = 49):
 
 
 def test_a_batch_without_a_valid_pixel_gives_zero_losses_and_finite_gradients():
-    model = _model("resnet18")
+    model = make_model()
     (image, label), u, u_mix = _batch(0, batch=2, size=33, dtype=torch.float32)
     all_ignored = torch.full_like(u.ignore_mask, 255)
     batch = (

@@ -1,0 +1,1 @@
+"""Segmentation heads: DeepLabV3+ and the atrous convolution in it."""

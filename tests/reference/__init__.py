@@ -1,0 +1,1 @@
+"""Reference figures of the authors' release, and the formulas of the inputs they were computed on."""

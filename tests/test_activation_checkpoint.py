@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import build_model
-from tests.test_steps import _batch
+from tests.helpers import make_model, reference_batch
 from unimatch import unimatch_step
 from util.distributed.ddp import distribute
 from util.losses import CrossEntropy
 
 
-def _model(checkpoint_activations: str, backbone: str = "resnet18") -> nn.Module:
-    torch.manual_seed(0)
-    cfg = SimpleNamespace(
-        backbone=backbone,
-        nclass=5,
-        dilations=(6, 12, 18),
-        replace_stride_with_dilation=(False, False, True),
-        pretrained=False,
-        checkpoint_activations=checkpoint_activations,
-    )
-    return build_model(cfg)
+def _model(which: str, backbone: str = "resnet18") -> nn.Module:
+    return make_model(backbone=backbone, checkpoint_activations=which)
 
 
 def _step(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Losses, gradients and buffers after a UniMatch step: two training forwards, feature perturbation included."""
     torch.manual_seed(1)
-    metrics = unimatch_step(model, _batch(0, 2, 33, dtype), CrossEntropy(), 0.3, torch.Tensor.backward)
+    metrics = unimatch_step(
+        model, reference_batch(20230, 0, 2, 33, dtype=dtype), CrossEntropy(), 0.3, torch.Tensor.backward
+    )
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     return metrics | gradients | dict(model.named_buffers())
 
