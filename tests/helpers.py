@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
 
+from dataset import DataError
 from dataset.semi import UnlabeledViews
 from model import build_model
 from tests.reference import formulas
@@ -147,3 +149,22 @@ def reference_batch(
         parts = [torch.from_numpy(part) for part in formulas.unlabeled(seed + offset + i, batch, size)]
         views.append(UnlabeledViews(*(part.to(dtype) if part.ndim == 4 else part for part in parts)))
     return (torch.from_numpy(image).to(dtype), torch.from_numpy(label)), *views
+
+
+def save(path: Path, pixels: np.ndarray, **options: Any) -> None:
+    """Save an array as an image, making its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def photo(channels: int = 3, seed: int = 0, size: tuple[int, int] = (24, 20)) -> np.ndarray:
+    """Noise of `size` (width, height), so that files are long enough to be cut anywhere."""
+    return np.random.default_rng(seed).integers(0, 256, (*size[::-1], channels), dtype=np.uint8)
+
+
+def complaint(function: Callable, *args: Any, **options: Any) -> str:
+    """The message of the DataError that a call raises: always one line."""
+    with pytest.raises(DataError) as caught:
+        function(*args, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)

@@ -1,6 +1,5 @@
 """Bad input to the real scripts: exit status 2 and one line on stderr that names what is wrong, before any training."""
 
-import dataclasses
 import importlib
 import os
 import zipfile
@@ -11,13 +10,12 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.files import limit_image_pixels, read_image
+from dataset.inputs import find_pictures
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
-from scripts.predict import find_images
 from tests import faults
 from tests.helpers import PROJECT_ROOT, run_script
 from util.cli import parse_args, run_main
-from util.config import load_config
 from util.errors import EXIT_USER_ERROR
 
 
@@ -530,10 +528,9 @@ def test_a_file_with_code_in_it_is_refused_wherever_one_is_read_and_not_run(data
 
 
 def test_predictions_stay_in_their_folder_wherever_the_images_are(data, tmp_path):
-    cfg = load_config(data.config)
     listed = tmp_path / "list.txt"
     listed.write_text(f"../elsewhere/a.jpg\n{data.root}/images/val0.jpg\nimages/../b.jpg\n/c.jpg\n", encoding="utf-8")
     with pytest.raises(DataError, match="outside data_root"):
-        list(find_images(listed, cfg))
-    found = list(find_images(listed, dataclasses.replace(cfg, allow_outside_root=True)))
-    assert [str(target) for _, target, _ in found] == ["a.png", "images/val0.png", "b.png", "c.png"]
+        find_pictures([listed], data.root)
+    found = find_pictures([listed], data.root, allow_outside=True)
+    assert [str(picture.place) for picture in found.pictures] == ["a.jpg", "images/val0.jpg", "b.jpg", "c.jpg"]

@@ -7,24 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DataError
 from dataset.check import check_samples
 from dataset.files import read_image, read_indices, read_label
 from dataset.lists import Sample
 from tests.faults import grey_png
+from tests.helpers import complaint, photo, save
 
 WIDTH, HEIGHT = 24, 20
-
-
-def save(path, pixels, **options):
-    """Save an array as an image, making its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-
-
-def photo(channels=3, seed=0):
-    """Noise, so that files are long enough to be cut anywhere."""
-    return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, channels), dtype=np.uint8)
 
 
 def classes(*values):
@@ -39,14 +28,6 @@ def three(tmp_path):
         save(tmp_path / f"{i}.jpg", photo(seed=i))
         save(tmp_path / f"{i}.png", classes(0, 1, 2, 255))
     return [Sample(f"{i}.jpg", f"{i}.png") for i in range(3)]
-
-
-def complaint(function, *args, **options):
-    """The message of the DataError that a call raises: always one line."""
-    with pytest.raises(DataError) as caught:
-        function(*args, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 # --- labels and images ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from dataset.check import check_samples
 from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list
-from tests.test_files import complaint, photo, save
+from tests.helpers import complaint, photo, save
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
