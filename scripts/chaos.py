@@ -34,10 +34,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset.prepare.toy import CLASSES, scene
 from model import read_checkpoint
-from util.checkpoint import LATEST, LOG_FILE, MID_EPOCH
 from util.cli import run_main
 from util.config import PROJECT_ROOT
 from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, ConfigError
+from util.run_files import LATEST, LOG_FILE, MID_EPOCH
 
 IMAGES = {"labeled": 4, "unlabeled": 10, "val": 2}
 EPOCHS = 3

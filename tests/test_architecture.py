@@ -98,6 +98,7 @@ TESTED_BY = {
 RULES: dict[str, Callable[[Path], list[str]]] = {
     "imports point downwards": wrong_directions,
     "tests do not import tests": imports_between_tests,
+    "no file imports itself through others": circles,
     f"no file has more than {MAX_LINES} lines without a reason in LONG_FILES": lambda root: long_files(
         root, LONG_FILES
     ),

@@ -22,12 +22,8 @@ import torch
 from model import read_checkpoint
 from util.config import Config, differing_keys
 from util.errors import CheckpointError
+from util.run_files import BEST, CONFIG_FILE, EPOCHS, LATEST, MID_EPOCH, PREVIOUS, RESULTS
 
-LATEST, PREVIOUS, BEST, MID_EPOCH = "latest.pth", "previous.pth", "best.pth", "midway.pth"
-EPOCHS = "epoch-*.pth"
-LOG_FILE, CONFIG_FILE = "train.log", "config.yaml"
-# What a run writes into its save path; `--resume never` moves these aside.
-RESULTS = (LATEST, PREVIOUS, BEST, MID_EPOCH, EPOCHS, "*.damaged-*", LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
 NUMBER = (int, float)
 KINDS = {"model": dict, "optimizer": dict, "epoch": int, "iteration": int, "previous_best": NUMBER, "config": dict}

@@ -17,8 +17,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.checkpoint import LOG_FILE
 from util.errors import SavePathError
+from util.run_files import LOG_FILE
 
 
 class RunLog:

@@ -22,7 +22,7 @@ from dataset.lists import Sample, find_unlabeled, is_hidden, list_digest, read_l
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
 from model import build_model, check_pretrained
-from util.checkpoint import CONFIG_FILE, LOG_FILE, Found, find_checkpoint, replacing, set_aside, tidy
+from util.checkpoint import Found, find_checkpoint, replacing, set_aside, tidy
 from util.config import Config, check_batch, load_config, resolve_path, to_dict
 from util.distributed.group import process_group
 from util.distributed.launch import Processes, choose_device, find_processes, local_process_count
@@ -30,6 +30,7 @@ from util.errors import ConfigError
 from util.lock import locked
 from util.log import RunLog
 from util.precision import check_precision, describe_precision, set_precision
+from util.run_files import CONFIG_FILE, LOG_FILE
 
 
 @dataclass(frozen=True)

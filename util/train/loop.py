@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.packing import to_device
-from util.checkpoint import BEST
 from util.distributed.ddp import unwrap
 from util.evaluate import Result, evaluate
 from util.log import peak_memory_gb
 from util.metrics import iou_table
 from util.precision import evaluation_copy
 from util.run import Run
+from util.run_files import BEST
 from util.schedule import set_poly_lr
 from util.signals import StopSignals
 from util.train.bad_images import BadImages

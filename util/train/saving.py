@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from model import read_checkpoint
-from util.checkpoint import MID_EPOCH, save_checkpoint, save_epoch
+from util.checkpoint import save_checkpoint, save_epoch
 from util.config import to_dict
 from util.distributed.collectives import DelayedMax, gather
 from util.distributed.ddp import unwrap
 from util.errors import EARLIER_KEPT, CheckpointError, Interrupted, TrainingStopped
 from util.run import Run
+from util.run_files import MID_EPOCH
 from util.signals import StopSignals
 from util.train.optimizer_step import OptimizerStep
 from util.train.progress import Progress

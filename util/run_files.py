@@ -1,0 +1,10 @@
+"""Names of the files that a run writes into its save path.
+
+`docs/training.md` says what each is for, `util/checkpoint.py` when a checkpoint takes the place of another.
+"""
+
+LATEST, PREVIOUS, BEST, MID_EPOCH = "latest.pth", "previous.pth", "best.pth", "midway.pth"
+EPOCHS = "epoch-*.pth"
+LOG_FILE, CONFIG_FILE = "train.log", "config.yaml"
+# `--resume never` moves these aside.
+RESULTS = (LATEST, PREVIOUS, BEST, MID_EPOCH, EPOCHS, "*.damaged-*", LOG_FILE, CONFIG_FILE, "events.out.tfevents.*")
