@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from dataset.semi import UnlabeledViews
+from dataset.semi import Partner, UnlabeledViews
 from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion
@@ -27,32 +27,31 @@ from util.train.loop import fit
 
 def fixmatch_step(
     model: nn.Module,
-    batch: tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews],
+    batch: tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, Partner],
     criterion: nn.Module,
     conf_thresh: float,
     backward: Callable[[torch.Tensor], None],
 ) -> dict[str, torch.Tensor]:
     """One step's forward and backward passes; the optimiser steps outside.
 
-    `batch` = ((image, label), views, partner's views) as in unimatch.py; only the first strong view and box are used.
+    `batch` = ((image, label), views, CutMix partner) as in unimatch.py; only the first strong view and box are used.
     `backward` gets each part of the loss as soon as it is complete. Returns 0-dim detached metrics.
     """
     (image_x, label_x), u, u_mix = batch
     label_mix, conf_mix = predict_pseudo_label(model, u_mix)
-    image_s = cutmix(u.strong1, u_mix.strong1, u.box1)
 
     model.train()
     with no_sync(model):
         logits_x, logits_w = model(torch.cat([image_x, u.weak])).split([len(image_x), len(u.weak)])
         label_w, conf_w = pseudo_label(logits_w)
         loss_x = criterion(logits_x, label_x)
-        del logits_x, logits_w  # gone as soon as their gradients are there
+        del logits_x, logits_w  # without a name they are freed as early as they can be
         backward(loss_x / 2)
 
     label = cutmix(label_w, label_mix, u.box1)
     conf = cutmix(conf_w, conf_mix, u.box1)
     ignore_mask = cutmix(u.ignore_mask, u_mix.ignore_mask, u.box1)
-    loss_s = consistency_loss(model(image_s), label, conf, ignore_mask, conf_thresh)
+    loss_s = consistency_loss(model(u.strong1), label, conf, ignore_mask, conf_thresh)
     backward(loss_s / 2)
 
     metrics = {"loss": (loss_x + loss_s) / 2, "loss_x": loss_x, "loss_s": loss_s}

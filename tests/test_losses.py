@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scripts.benchmark import naive as naive
+from scripts.benchmark import naive
 from tests.reference import formulas
 from util import losses
 from util.config import Criterion

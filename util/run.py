@@ -21,6 +21,7 @@ from dataset.files import limit_image_pixels
 from dataset.lists import Sample, find_unlabeled, is_hidden, list_digest, read_list, shared_images
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
+from dataset.source import DataSource
 from model import build_model, check_pretrained
 from util.checkpoint import Found, find_checkpoint, replacing, set_aside, tidy
 from util.config import Config, check_batch, load_config, resolve_path, to_dict
@@ -64,15 +65,7 @@ class Run:
         """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
         cfg = self.cfg
         dataset = TrainDataset(
-            self.labeled,
-            self.unlabeled,
-            resolve_path(cfg.data_root),
-            cfg.crop_size,
-            cfg.seed,
-            strong_views,
-            cfg.label_map,
-            self.cache,
-            cfg.photometry,
+            self.labeled, self.unlabeled, self._source(), cfg.crop_size, cfg.seed, strong_views, cfg.photometry
         )
         sampler = EpochSampler(
             len(self.labeled),
@@ -89,13 +82,14 @@ class Run:
         """This process's share of the validation images."""
         return val_loader(
             self.val,
-            resolve_path(self.cfg.data_root),
+            self._source(),
             loader_options(self.cfg, self.device),
             self.processes.rank,
             self.processes.count,
-            self.cfg.label_map,
-            self.cache,
         )
+
+    def _source(self) -> DataSource:
+        return DataSource(resolve_path(self.cfg.data_root), self.cfg.label_map, self.cache)
 
 
 def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
