@@ -21,7 +21,6 @@ from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion
 from util.run import open_run
-from util.schedule import build_optimizer
 from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
 from util.train.loop import fit
 
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = run.cfg
         model = distribute(run.build_model(), run.device)
         criterion = build_criterion(cfg)
-        optimizer = build_optimizer(model, run.lr, cfg.lr_multi)
+        optimizer = run.build_optimizer(model)
 
         def train_step(batch, backward):
             return unimatch_step(model, batch, criterion, cfg.conf_thresh, backward)

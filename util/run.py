@@ -24,7 +24,7 @@ from dataset.semi import EpochSampler, TrainDataset
 from dataset.source import DataSource
 from model import build_model, check_pretrained
 from util.checkpoint import Found, find_checkpoint, replacing, set_aside, tidy
-from util.config import Config, check_batch, load_config, resolve_path, to_dict
+from util.config import Config, check_batch, for_method, has_teacher, load_config, resolve_path, to_dict
 from util.distributed.group import process_group
 from util.distributed.launch import Processes, choose_device, find_processes, local_process_count
 from util.errors import ConfigError
@@ -32,6 +32,8 @@ from util.lock import locked
 from util.log import RunLog
 from util.precision import check_precision, describe_precision, set_precision
 from util.run_files import CONFIG_FILE, LOG_FILE
+from util.schedule import build_optimizer
+from util.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ class Run:
         model = build_model(self.cfg, pretrained=self.checkpoint is None)
         return set_precision(model.to(self.device), self.cfg)
 
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser that the config names, for the model as `build_model` gave it or inside DDP."""
+        cfg = self.cfg
+        kind = cfg.optimizer or ("adamw" if cfg.model == "dpt" else "sgd")
+        return build_optimizer(model, self.lr, cfg.lr_multi, kind, cfg.weight_decay, cfg.betas)
+
+    def build_teacher(self, model: nn.Module) -> Teacher | None:
+        """The student's EMA teacher, if the method and the config want one."""
+        return Teacher(model, self.cfg.teacher_decay) if has_teacher(self.cfg, self.method) else None
+
     def train_loader(self, strong_views: int = 2) -> DataLoader:
         """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
         cfg = self.cfg
@@ -75,6 +87,7 @@ class Run:
             self.processes.rank,
             self.processes.count,
             cfg.cutmix_partner,
+            cfg.supervised_epoch,
         )
         return train_loader(dataset, sampler, loader_options(cfg, self.device), cfg.on_bad_image == "skip")
 
@@ -105,7 +118,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
 
     Raises ConfigError, DataError or CheckpointError, each one line for the user.
     """
-    cfg = load_config(args.config, args.overrides)
+    cfg = for_method(load_config(args.config, args.overrides), method)
     limit_image_pixels(cfg.max_image_pixels)
     notes = []
     processes = find_processes(args.port)
