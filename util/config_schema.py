@@ -41,7 +41,7 @@ def _key(
 
 def _setting(doc: str, default: Any = MISSING, **limits: float) -> Any:
     """A key that changes where, how fast or how finely rounded a run computes, but not what: a resumed run may have
-    another value. Keys for what happens at a fault are among them, so that a run that one stopped may go on.
+    another value. So may keys for what happens at a fault, and paths of lists, whose contents are compared instead.
     """
     return _key(doc, default, shapes=False, **limits)
 
@@ -53,7 +53,7 @@ class Config:
     # data
     dataset: str = _key("name of the data set; pascal, cityscapes and coco bring their classes, palette and eval_mode")
     data_root: str = _setting("folder that the paths in the list files are relative to")
-    val_id_path: str | None = _key(
+    val_id_path: str | None = _setting(
         "list of the validation images and labels; default for published data sets: splits/DATASET/val.txt", None
     )
     crop_size: int = _key(
@@ -67,7 +67,7 @@ class Config:
     label_map: dict[int, int] | None = _key(
         "class (or 255, ignored) of values in the label files, such as {0: 0, 255: 1}; other values stay", None
     )
-    unlabeled_id_path: str | None = _key(
+    unlabeled_id_path: str | None = _setting(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it; "
         "default for published data sets: all their training images",
         None,

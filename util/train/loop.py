@@ -121,8 +121,7 @@ class Trainer:
         self._step.report(progress.iteration)
         if self._bad_images:
             self._bad_images.report()
-        images = run.cfg.batch_size * run.processes.count * (1 if run.unlabeled is None else 2)
-        speed = self._clock.lap(progress.iteration, images)
+        speed = self._clock.lap(progress.iteration, run.images_per_step)
         lr = self._step.optimizer.param_groups[0]["lr"]
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         bar.set_postfix_str(f"{values}  {speed}")
@@ -154,15 +153,13 @@ def _log_evaluation(run: Run, progress: Progress, results: dict[str, Result], se
     last = progress.iteration - 1  # counted from 0, as the steps' curves: a resumed run hides what comes after it
     for number, (name, result) in enumerate(results.items()):
         whose = "" if list(results) == ["student"] else f"{name}'s "
-        log.info(
-            f"epoch {progress.epoch}/{cfg.epochs}: {whose}IoU in percent ({cfg.eval_mode}, {len(run.val)} images, "
-            f"{seconds:.1f} s)\n{iou_table(result.iou, cfg.classes)}"
-            + (
-                f"\n  best {progress.previous_best:.2f} at epoch {progress.best_epoch}; peak memory {memory:.2f} GB"
-                if number == 0
-                else ""
-            )
+        text = (
+            f"epoch {progress.epoch}/{cfg.epochs}: {whose}IoU in percent "
+            f"({cfg.eval_mode}, {len(run.lists.val)} images, {seconds:.1f} s)\n{iou_table(result.iou, cfg.classes)}"
         )
+        if number == 0:
+            text += f"\n  best {progress.previous_best:.2f} at epoch {progress.best_epoch}; peak memory {memory:.2f} GB"
+        log.info(text)
         prefix = "eval" if number == 0 else f"eval_{name}"
         log.scalars({f"{prefix}/mIoU": result.miou}, last)
         per_class = zip(cfg.classes, result.iou.tolist(), strict=True)
