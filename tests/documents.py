@@ -179,7 +179,7 @@ def _fault_of_launch(root: Path, script: str, variables: Mapping[str, str], word
     dataset = variables.get("dataset", "pascal")
     split = variables.get("split", "")
     if split and dataset != "toy" and not EXAMPLES.search(dataset + split):
-        if not (root / "configs" / f"{dataset}.yaml").exists():
+        if "config" not in variables and not (root / "configs" / f"{dataset}.yaml").exists():
             return f"no recipe of {dataset}"
         if not (root / "splits" / dataset / split).is_dir():
             return f"no split {split} of {dataset}"
