@@ -11,13 +11,8 @@ from model.backbone import BACKBONES, DINOV2_BACKBONES, create_backbone
 from model.semseg.complementary import complementary_dropout
 from model.semseg.deeplabv3plus import DeepLabV3Plus
 from model.semseg.dpt import DPT, HEAD_WIDTHS
-from model.weights import (
-    WeightsError,
-    load_checkpoint_state,
-    load_pretrained,
-    read_checkpoint,
-    read_pretrained,
-)
+from model.state_dict import WeightsError, choose_network, find_state_dict, read_checkpoint
+from model.weights import load_checkpoint_state, load_pretrained, read_pretrained
 
 # The backbones that each model can have, and what an image's sides must be multiples of.
 MODELS = {"deeplabv3plus": tuple(BACKBONES), "dpt": tuple(DINOV2_BACKBONES)}
@@ -33,7 +28,9 @@ __all__ = [
     "WeightsError",
     "build_model",
     "check_pretrained",
+    "choose_network",
     "complementary_dropout",
+    "find_state_dict",
     "load_checkpoint_state",
     "read_checkpoint",
 ]

@@ -1,7 +1,11 @@
-"""Convert ImageNet weights of timm or torchvision into the file that training reads, pretrained/NAME.pth.
+"""Convert weights of timm or torchvision into the file that training reads, pretrained/NAME.pth.
 
+    python -m scripts.convert_backbone dinov2_small --from timm
     python -m scripts.convert_backbone resnet101 --from timm
     python -m scripts.convert_backbone resnet50_tv --from resnet50-0676ba61.pth
+
+DINOv2 (timm's vit_{small,base,large,giant}_patch14_dinov2.lvd142m) is the same network: timm leaves out mask_token,
+which is never used, and has other names for the giant's gated MLP. Features are equal.
 
 ResNets (timm's resnet50s.gluon_in1k and resnet101s.gluon_in1k; torchvision's for resnet50_tv and resnet101_tv) are the
 same networks under the same names: only the classifier is left out, and the features are equal.
@@ -29,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from dataset.transform import IMAGENET_MEAN, IMAGENET_STD
-from model import WeightsError, read_checkpoint
+from model import DINOV2_BACKBONES, WeightsError, find_state_dict, read_checkpoint
 from model.backbone import create_backbone
-from model.weights import PROJECT_ROOT, find_state_dict, pretrained_state, read_pretrained
+from model.weights import PROJECT_ROOT, pretrained_state, read_pretrained
 from util.checkpoint import save_checkpoint
 from util.cli import run_main
 from util.config import resolve_path
@@ -42,6 +46,10 @@ TIMM_MODELS = {
     "xception": "xception65.tf_in1k",
     "resnet50_tv": "resnet50.tv_in1k",
     "resnet101_tv": "resnet101.tv_in1k",
+    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_large": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2_giant": "vit_giant_patch14_dinov2.lvd142m",
 }
 XCEPTION_DIFFERENCES = (
     "in blocks 4 to 19, this network's identity shortcut carries the input after its ReLU; timm's, before it",
@@ -70,6 +78,8 @@ def convert(name: str, weights: Mapping[str, Tensor], source: str) -> tuple[dict
     `weights` may have this project's names already, as the published files do; then nothing is changed.
     Raises WeightsError, after `source`, unless names and shapes are those of the backbone.
     """
+    if name in DINOV2_BACKBONES:
+        weights = dinov2_from_timm(weights)
     from_timm = name == "xception" and "stem.0.conv.weight" in weights
     names = {(xception_name(old) if from_timm else old): old for old in weights}
     with torch.device("meta"):
@@ -80,6 +90,21 @@ def convert(name: str, weights: Mapping[str, Tensor], source: str) -> tuple[dict
         raise WeightsError(f"{error}; expected weights such as timm's {TIMM_MODELS[name]}") from None
     left_out = [old for new, old in names.items() if new not in state]
     return fold_xception(state) if from_timm else state, left_out
+
+
+def dinov2_from_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of timm's DINOv2 under Meta's names; those that have Meta's names stay as they are."""
+    cls_token = weights.get("cls_token")
+    if "mask_token" in weights or cls_token is None or cls_token.ndim == 0:
+        return dict(weights)
+    width = cls_token.shape[-1]
+    renamed = {}
+    for name, tensor in weights.items():
+        if width == 1536:  # the giant, whose MLP alone is gated; timm's puts the gate first, as Meta's does
+            name = re.sub(r"^(blocks\.\d+\.mlp)\.fc1\.", r"\1.w12.", name)
+            name = re.sub(r"^(blocks\.\d+\.mlp)\.fc2\.", r"\1.w3.", name)
+        renamed[name] = tensor
+    return renamed | {"mask_token": cls_token.new_zeros(1, width)}
 
 
 def xception_name(name: str) -> str:

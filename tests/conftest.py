@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model.weights
 from tests.helpers import TinyData, make_dataset
 
 
@@ -24,3 +25,12 @@ def one_thread() -> Iterator[None]:
 def data(tmp_path: Path) -> TinyData:
     """A tiny data set of the test's own, to be spoiled at will; modules that train on one share one of their own."""
     return make_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root without weights; returns its folder `pretrained`."""
+    monkeypatch.setattr(model.weights, "PROJECT_ROOT", tmp_path)
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    return folder

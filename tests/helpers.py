@@ -1,11 +1,11 @@
-"""What several tests need: a tiny data set, small models, reference batches, the real scripts as subprocesses."""
+"""What several tests need: a tiny data set, small models, filled weights, batches, the real scripts as subprocesses."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,8 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.semi import UnlabeledViews
-from model import build_model
-from scripts.benchmark.naive import paste_partner
+from model import WeightsError, build_model
+from model.backbone import create_backbone
 from tests.reference import formulas
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -143,17 +143,13 @@ def make_model(**changes: Any) -> torch.nn.Module:
 def reference_batch(
     seed: int, i: int, batch: int = 4, size: int = 49, nclass: int = 5, dtype: torch.dtype = torch.float64
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews]:
-    """Step i's batch of the reference figures: ((image, label), views, the CutMix partner's views).
-
-    The partner is pasted into the strong views, as the loader does; in the figures' inputs it is not yet.
-    """
+    """Step i's batch of the reference figures: ((image, label), views, the CutMix partner's views)."""
     image, label = formulas.labeled(seed + 10 + i, batch, size, nclass)
     views = []
     for offset in (100, 200):
         parts = [torch.from_numpy(part) for part in formulas.unlabeled(seed + offset + i, batch, size)]
         views.append(UnlabeledViews(*(part.to(dtype) if part.ndim == 4 else part for part in parts)))
-    u, u_mix = views
-    return (torch.from_numpy(image).to(dtype), torch.from_numpy(label)), paste_partner(u, u_mix), u_mix
+    return (torch.from_numpy(image).to(dtype), torch.from_numpy(label)), *views
 
 
 def save(path: Path, pixels: np.ndarray, **options: Any) -> None:
@@ -173,3 +169,31 @@ def complaint(function: Callable, *args: Any, **options: Any) -> str:
         function(*args, **options)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def filled(shapes: Iterable[tuple[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    """A state dict of these (name, shape) pairs, each tensor filled with its own number: tiny on disk."""
+    return {name: torch.tensor(float(i % 97 + 1)).expand(tuple(shape)) for i, (name, shape) in enumerate(shapes)}
+
+
+def filled_backbone(name: str = "resnet18") -> dict[str, torch.Tensor]:
+    """The state dict of the backbone of that name, filled so."""
+    with torch.device("meta"):
+        own = create_backbone(name).state_dict()
+    return filled((key, tensor.shape) for key, tensor in own.items())
+
+
+def assert_loaded(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Every tensor of `state` has arrived."""
+    own = module.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(own[name], tensor.to(own[name].dtype)), name
+
+
+def weights_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The one line of the WeightsError that the call raises."""
+    with pytest.raises(WeightsError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -186,6 +186,30 @@ def test_half_of_the_channels_are_dropped_whole_for_each_tap_anew_by_feature_per
         torch.testing.assert_close(*model(image, need_fp=True))
 
 
+def test_deeplab_drops_channels_of_both_feature_maps_in_the_same_samples():
+    torch.manual_seed(0)
+    model = build_deeplab()
+    views, seen = torch.randn(6, 3, 33, 33, dtype=torch.float64), {}
+    for name in ("reduce", "head"):
+        getattr(model, name).register_forward_pre_hook(lambda _m, args, name=name: seen.update({name: args[0]}))
+    torch.manual_seed(3)
+    factors = complementary_dropout(3, 64 + 512).double()
+    torch.manual_seed(3)
+    together = model(views, comp_drop=True)
+    c1, c4 = model.backbone(views)
+    assert torch.equal(seen["reduce"], c1 * factors[:, :64, None, None])
+    assert torch.equal(seen["head"], c4 * factors[:, 64:, None, None])
+    apart = [model(view, comp_drop=factor) for view, factor in zip(views.chunk(2), factors.chunk(2), strict=True)]
+    torch.testing.assert_close(torch.cat(apart), together)  # in eval mode, where samples do not mix
+    with pytest.raises(ValueError, match=r"two views of each image needed, got a batch of 3"):
+        model(views[:3], comp_drop=True)
+
+
+def build_deeplab():
+    keys = {"backbone": "resnet18", "nclass": 5, "dilations": (6, 12, 18), "pretrained": False}
+    return build_model(SimpleNamespace(replace_stride_with_dilation=(False, False, True), **keys)).double().eval()
+
+
 # ---- training
 
 

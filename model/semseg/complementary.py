@@ -20,3 +20,17 @@ def complementary_dropout(pairs: int, width: int) -> Tensor:
     first = 2 * torch.binomial(torch.full(fill_value=1.0, **shape), torch.full(fill_value=0.5, **shape))
     first[torch.randperm(pairs, device="cpu")[: pairs // 2]] = 1
     return torch.cat([first, 2 - first])
+
+
+def dropout_factors(comp_drop: bool | Tensor, batch: int, width: int) -> Tensor | None:
+    """What a model's argument `comp_drop` stands for: factors (batch, width), or None for False.
+
+    True: drawn for a batch of two views, [s1; s2]. Raises ValueError if it cannot be halved.
+    """
+    if isinstance(comp_drop, Tensor):
+        return comp_drop
+    if not comp_drop:
+        return None
+    if batch % 2:
+        raise ValueError(f"comp_drop: two views of each image needed, got a batch of {batch}")
+    return complementary_dropout(batch // 2, width)

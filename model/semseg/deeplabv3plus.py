@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.activation_checkpoint import run
 from model.semseg.atrous import AtrousConv2d
+from model.semseg.complementary import dropout_factors
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> list[nn.Module]:
@@ -89,6 +90,7 @@ class DeepLabV3Plus(nn.Module):
         width = backbone.c4_channels // 8
         self.fp_dropout = 0.5
         self.autocast_dtype: torch.dtype | None = None
+        self.drop_width = backbone.c1_channels + backbone.c4_channels
         self.backbone = backbone
         self.backbone.checkpoint_activations = checkpoint_activations != "none"
         self._decode_again = checkpoint_activations == "all"
@@ -100,23 +102,31 @@ class DeepLabV3Plus(nn.Module):
         )
         self.classifier = nn.Conv2d(width, nclass, 1)
 
-    def forward(self, x: Tensor, need_fp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, need_fp: bool = False, comp_drop: bool | Tensor = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalised image (B, 3, H, W) -> logits (B, nclass, H, W); with `need_fp`, (logits, logits_fp).
 
         logits_fp come from the same features after channel dropout (UniMatch, section 3.2), in eval mode as well.
+        `comp_drop`: complementary dropout (UniMatch V2) of c1 and c4 on a batch of both strong views, [s1; s2]. A
+        tensor (B, drop_width) gives the factors, c1's first, as `complementary_dropout` draws them.
         """
+        factors = dropout_factors(comp_drop, len(x), self.drop_width)
         if self.autocast_dtype is None:
-            logits = self._logits(x, need_fp)
+            logits = self._logits(x, need_fp, factors)
         else:
             with torch.autocast(x.device.type, self.autocast_dtype):
                 # In float32 before upsampling: rounded to 16 bits, neighbouring pixels' logits and classes would tie.
-                logits = self._logits(x, need_fp).float()
+                logits = self._logits(x, need_fp, factors).float()
         logits = resize(logits, x.shape[2:])
         return logits.chunk(2) if need_fp else logits
 
-    def _logits(self, x: Tensor, need_fp: bool) -> Tensor:
+    def _logits(self, x: Tensor, need_fp: bool, factors: Tensor | None) -> Tensor:
         """Logits at stride 4, (B, nclass, h, w), or clean and perturbed ones (2 B, nclass, h, w)."""
         c1, c4 = self.backbone(x)
+        if factors is not None:
+            factors = factors.to(c1.device, c1.dtype, non_blocking=True)[:, :, None, None]
+            c1, c4 = (c * part for c, part in zip((c1, c4), factors.split([c1.shape[1], c4.shape[1]], 1), strict=True))
         if not need_fp:
             return self._decode(c1, c4)
         # Drawn for c1 first. Functions, not modules, so that eval mode does not turn them off.

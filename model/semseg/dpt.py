@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.activation_checkpoint import run
 from model.backbone.dinov2 import PATCH, DINOv2
-from model.semseg.complementary import complementary_dropout
+from model.semseg.complementary import dropout_factors
 
 # Channels of the fused features, and of the features of each tap before they are fused.
 HEAD_WIDTHS = {
@@ -149,25 +149,22 @@ class DPT(nn.Module):
         height, width = x.shape[2:]
         if height % PATCH or width % PATCH:
             raise ValueError(f"image of {height} x {width} pixels: DINOv2 needs sides that are multiples of {PATCH}")
-        if comp_drop is True:
-            if len(x) % 2:
-                raise ValueError(f"comp_drop: two views of each image needed, got a batch of {len(x)}")
-            comp_drop = complementary_dropout(len(x) // 2, self.drop_width)
+        factors = dropout_factors(comp_drop, len(x), self.drop_width)
         if self.autocast_dtype is None:
-            logits = self._logits(x, need_fp, comp_drop)
+            logits = self._logits(x, need_fp, factors)
         else:
             with torch.autocast(x.device.type, self.autocast_dtype):
                 # In float32 before upsampling: rounded to 16 bits, neighbouring pixels' logits and classes would tie.
-                logits = self._logits(x, need_fp, comp_drop).float()
+                logits = self._logits(x, need_fp, factors).float()
         logits = resize(logits, (height, width))
         return logits.chunk(2) if need_fp else logits
 
-    def _logits(self, x: Tensor, need_fp: bool, comp_drop: bool | Tensor) -> Tensor:
+    def _logits(self, x: Tensor, need_fp: bool, factors: Tensor | None) -> Tensor:
         """Logits at 8 times the patch grid; with `need_fp` clean and perturbed ones, (2 B, nclass, ., .)."""
         taps = self.backbone(x)
-        if comp_drop is not False:
-            # One mask for all tokens of all taps. The copy to a GPU is not waited for.
-            factors = comp_drop.to(taps[0].device, taps[0].dtype, non_blocking=True).unsqueeze(1)
+        if factors is not None:
+            # The same for all tokens of all taps. The copy to a GPU is not waited for.
+            factors = factors.to(taps[0].device, taps[0].dtype, non_blocking=True).unsqueeze(1)
             taps = [tokens * factors for tokens in taps]
         if need_fp:
             # Drawn for each tap on its own, the shallowest first, as for DeepLabV3+'s two feature maps.
