@@ -19,7 +19,6 @@ from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute
 from util.losses import build_criterion
 from util.run import open_run
-from util.schedule import build_optimizer
 from util.train.loop import fit
 
 
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = run.cfg
         model = distribute(run.build_model(), run.device)
         criterion = build_criterion(cfg)
-        optimizer = build_optimizer(model, run.lr, cfg.lr_multi)
+        optimizer = run.build_optimizer(model)
 
         def train_step(batch, backward):
             return supervised_step(model, batch, criterion, backward)

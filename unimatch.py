@@ -16,32 +16,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from dataset.semi import UnlabeledViews
+from dataset.semi import Partner, UnlabeledViews
 from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion
 from util.run import open_run
-from util.schedule import build_optimizer
 from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
 from util.train.loop import fit
 
 
 def unimatch_step(
     model: nn.Module,
-    batch: tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews],
+    batch: tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, Partner],
     criterion: nn.Module,
     conf_thresh: float,
     backward: Callable[[torch.Tensor], None],
 ) -> dict[str, torch.Tensor]:
     """One step's forward and backward passes (section 3 of the paper); the optimiser steps outside.
 
-    `batch` = ((image, label), views, partner's views): normalised images (B, 3, H, W), label (B, H, W) int64.
+    `batch` = ((image, label), views, CutMix partner): normalised images (B, 3, H, W), label (B, H, W) int64. The strong
+    views are mixed already; their pseudo-labels, confidences and ignore masks are mixed here.
     `backward` gets each part of the loss as soon as it is complete. Returns 0-dim detached metrics.
     """
     (image_x, label_x), u, u_mix = batch
     label_mix, conf_mix = predict_pseudo_label(model, u_mix)
-    image_s1 = cutmix(u.strong1, u_mix.strong1, u.box1)
-    image_s2 = cutmix(u.strong2, u_mix.strong2, u.box2)
 
     # [x; w] in one forward: this grouping sets the BatchNorm statistics.
     model.train()
@@ -52,8 +50,8 @@ def unimatch_step(
         label_w, conf_w = pseudo_label(logits_w)
         loss_x = criterion(logits_x, label_x)
         loss_fp = consistency_loss(logits_fp, label_w, conf_w, u.ignore_mask, conf_thresh)
-        # The pseudo-labels are detached, so this part's activations are gone before the strong views' come; of the
-        # logits no name is left, so that they go as soon as their gradients are there.
+        # The pseudo-labels are detached, so this part can be back-propagated and its activations freed before the
+        # strong views' forward begins. Without a name the logits are freed as early as they can be.
         del logits, logits_x, logits_w, logits_fp
         backward((loss_x + 0.5 * loss_fp) / 2)
 
@@ -63,7 +61,7 @@ def unimatch_step(
         ignore_mask = cutmix(u.ignore_mask, u_mix.ignore_mask, box)
         return consistency_loss(logits_s, label, conf, ignore_mask, conf_thresh)
 
-    logits_s1, logits_s2 = model(torch.cat([image_s1, image_s2])).chunk(2)
+    logits_s1, logits_s2 = model(torch.cat([u.strong1, u.strong2])).chunk(2)
     loss_s1, loss_s2 = strong_loss(logits_s1, u.box1), strong_loss(logits_s2, u.box2)
     backward((0.25 * loss_s1 + 0.25 * loss_s2) / 2)
 
@@ -80,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = run.cfg
         model = distribute(run.build_model(), run.device)
         criterion = build_criterion(cfg)
-        optimizer = build_optimizer(model, run.lr, cfg.lr_multi)
+        optimizer = run.build_optimizer(model)
 
         def train_step(batch, backward):
             return unimatch_step(model, batch, criterion, cfg.conf_thresh, backward)

@@ -15,7 +15,6 @@ import hashlib
 import os
 import shutil
 import struct
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataset.atomic import replacing
 from dataset.errors import DataError
 from dataset.files import read_indices, read_pixels
 
@@ -35,7 +35,6 @@ _PREFIX = "unimatch-cache-"
 # Magic, bytes and time (ns) of the source file, height, width, channels (0: a label).
 _HEADER = struct.Struct("<8sQQIII")
 _MAGIC = b"pixels01"
-_PENDING = ".pending-"
 
 
 class ImageCache:
@@ -101,22 +100,19 @@ class ImageCache:
         if not self._reserve(needed):
             return
         entry.parent.mkdir(exist_ok=True)
-        handle, pending = tempfile.mkstemp(prefix=_PENDING, dir=entry.parent)
         replaced = 0
         try:
-            with open(handle, "wb") as file:
-                file.write(_HEADER.pack(_MAGIC, *stamp, *pixels.shape[:2], channels))
-                file.write(np.ascontiguousarray(pixels))
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave a whole file of zeros under the name
-            replaced = entry.stat().st_size if entry.exists() else 0
-            os.replace(pending, entry)
+            with replacing(entry) as temporary:
+                with open(temporary, "wb") as file:
+                    file.write(_HEADER.pack(_MAGIC, *stamp, *pixels.shape[:2], channels))
+                    file.write(np.ascontiguousarray(pixels))
+                    file.flush()
+                    os.fsync(file.fileno())  # else a power cut could leave a whole file of zeros under the name
+                replaced = entry.stat().st_size if entry.exists() else 0
         except OSError:
             replaced = needed
             raise
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(pending)
             if replaced:
                 with self._counter() as counter:
                     counter.write(max(counter.read() - replaced, 0))
@@ -242,7 +238,7 @@ def _size(folder: Path) -> int:
     for entry in folder.glob("??/*"):
         with contextlib.suppress(OSError):  # another process may be busy here
             status = entry.stat()
-            if entry.name.startswith(_PENDING) and time.time() - status.st_mtime > 3600:
+            if entry.name.startswith(".") and time.time() - status.st_mtime > 3600:
                 entry.unlink()
             else:
                 total += status.st_size

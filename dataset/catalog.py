@@ -16,7 +16,8 @@ class DatasetInfo:
     `image` and `label` are paths relative to `data_root`, as the lists in `splits/` write them. Filled in are `{id}`,
     `{part}` (one of `parts`: the name of the training and of the validation folder) and, for Cityscapes, `{city}`.
     `unlabeled` is the list or the folder of all training images, of which the labelled ones are left out;
-    `eval_mode` is the one of the published figures: "original" or "sliding_window".
+    `eval_mode` is the one of the published figures: "original" or "sliding_window". `supervised_epoch`: to so many
+    images UniMatch V2's supervised baseline repeats a labelled list that is shorter.
     """
 
     name: str
@@ -26,6 +27,7 @@ class DatasetInfo:
     image: str
     label: str
     unlabeled: str
+    supervised_epoch: int
     parts: tuple[str, str] = ("train", "val")
 
 
@@ -123,6 +125,7 @@ CATALOG: dict[str, DatasetInfo] = {
             image="JPEGImages/{id}.jpg",
             label="SegmentationClass/{id}.png",
             unlabeled="splits/pascal/train.txt",
+            supervised_epoch=3000,
         ),
         DatasetInfo(
             name="cityscapes",
@@ -132,6 +135,7 @@ CATALOG: dict[str, DatasetInfo] = {
             image="leftImg8bit/{part}/{city}/{id}_leftImg8bit.png",
             label="gtFine/{part}/{city}/{id}_gtFine_labelTrainIds.png",
             unlabeled="splits/cityscapes/train.txt",
+            supervised_epoch=3000,
         ),
         DatasetInfo(
             name="coco",
@@ -141,6 +145,7 @@ CATALOG: dict[str, DatasetInfo] = {
             image="{part}2017/{id}.jpg",
             label="masks/{id}.png",
             unlabeled="train2017",
+            supervised_epoch=30_000,
         ),
         DatasetInfo(
             name="ade20k",
@@ -150,6 +155,7 @@ CATALOG: dict[str, DatasetInfo] = {
             image="images/{part}/{id}.jpg",
             label="annotations/{part}/{id}.png",
             unlabeled="images/training",
+            supervised_epoch=6000,
             parts=("training", "validation"),
         ),
     )

@@ -16,11 +16,10 @@ from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
 from dataset.errors import DataError
 from dataset.lists import Sample
+from dataset.resize import picture_size
 
 IGNORE_INDEX = 255
 LARGE = 2**19  # pixels of a PNG from which on leaving out rows saves more than it costs
-# (width, height) of a picture -> its rows, from the top, whose pixels are wanted
-RowsNeeded = Callable[[int, int], int]
 # Whatever its name, a file with PostScript in it would be run by Ghostscript.
 EpsImagePlugin.gs_binary = False
 
@@ -45,33 +44,10 @@ def read_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-@contextlib.contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image as Pillow opens it, before decoding. What it raises while in use becomes a DataError naming the file."""
-    with errors_named(path, "image"), Image.open(path) as image:
-        check_depth(path, image)
-        yield image
-
-
 def read_pixels(path: str | Path) -> np.ndarray:
-    """What `read_image` decodes, as uint8 (H, W, 3): the same values, from JPEG files sooner. Raises DataError."""
-    return np.asarray(decode_image(path))
-
-
-def decode_image(path: str | Path, rows_needed: RowsNeeded | None = None) -> Image.Image | np.ndarray:
-    """An image as 8-bit RGB, as its decoder leaves it: a Pillow image or uint8 (H, W, 3). Raises DataError.
-
-    Below the rows that are needed a large PNG may be left black, and its faults unnoticed.
-    """
+    """The values of `read_image`, uint8 (H, W, 3); faster for JPEG files. Raises DataError naming the file."""
     with open_image(path) as image:
-        # PNG stays with Pillow: torchvision's decoder takes the whole process down at a damaged file.
-        decode = _jpeg_decoder() if image.format == "JPEG" and image.mode == "RGB" else None
-        if decode is not None:
-            with contextlib.suppress(RuntimeError):  # of a damaged file; Pillow tells what is wrong with it
-                return decode(np.fromfile(path, np.uint8))
-        _leave_out_rows(image, rows_needed)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return np.asarray(decode_image(image))
 
 
 def read_label(path: str | Path) -> Image.Image:
@@ -81,24 +57,31 @@ def read_label(path: str | Path) -> Image.Image:
     """
     with open_label(path) as label:
         shown = _shown_values(label)
-        image = Image.fromarray(_indices(path, label))
+        image = Image.fromarray(_indices(label))
     image.info["shown"] = shown
     return image
 
 
-def read_indices(path: str | Path, rows_needed: RowsNeeded | None = None) -> np.ndarray:
-    """Decode a label as class indices, uint8 (H, W), 0 below the rows that are needed. Raises DataError naming it.
+def read_indices(path: str | Path) -> np.ndarray:
+    """Decode a label as class indices, uint8 (H, W). Raises DataError naming the file.
 
     Indices are the values as stored: of a palette's entries, and of grey pixels of 1, 2, 4, 8 or 16 bits.
     """
     with open_label(path) as label:
-        _leave_out_rows(label, rows_needed)
-        return _indices(path, label)
+        return decode_label(label)
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image of which Pillow has read the header only. An error while it is open is a DataError naming the file."""
+    with errors_named(path, "image"), Image.open(path) as image:
+        check_depth(path, image)
+        yield image
 
 
 @contextlib.contextmanager
 def open_label(path: str | Path) -> Iterator[Image.Image]:
-    """A label as Pillow opens it, before decoding. What it raises while in use becomes a DataError naming the file."""
+    """A label of which Pillow has read the header only. An error while it is open is a DataError naming the file."""
     with errors_named(path, "label"), Image.open(path) as label:
         if label.mode not in ("L", "P", "1") and label.mode[0] != "I":
             colours = "; labels drawn in the palette's colours" if label.mode in ("RGB", "RGBA") else ""
@@ -114,7 +97,43 @@ def open_label(path: str | Path) -> Iterator[Image.Image]:
         yield label
 
 
-def _indices(path: str | Path, label: Image.Image) -> np.ndarray:
+def decoded_size(opened: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) of the pixels of an opened image, which may also be an array of them."""
+    if isinstance(opened, Image.Image) and opened.format not in ("JPEG", "PNG"):
+        with errors_named(opened.filename, "image"):
+            opened.load()  # decoding may turn the picture (TIFF) or choose one of another size (ICO)
+    return picture_size(opened)
+
+
+def decode_image(opened: Image.Image | np.ndarray, rows: int | None = None) -> Image.Image | np.ndarray:
+    """The 8-bit RGB pixels of an opened image: a Pillow image or uint8 (H, W, 3), as its decoder leaves them.
+
+    With `rows`, a large PNG is decoded down to this row only; it is black, and its faults unnoticed, below. An array is
+    decoded already and comes back as it is. Raises DataError naming the file.
+    """
+    if isinstance(opened, np.ndarray):
+        return opened
+    with errors_named(opened.filename, "image"):
+        # PNG stays with Pillow: torchvision's decoder takes the whole process down at a damaged file.
+        decode = _jpeg_decoder() if opened.format == "JPEG" and opened.mode == "RGB" else None
+        if decode is not None:
+            with contextlib.suppress(RuntimeError):  # a damaged file: Pillow's message says what is wrong with it
+                return decode(np.fromfile(opened.filename, np.uint8))
+        _leave_out_rows(opened, rows)
+        opened.load()
+        return opened if opened.mode == "RGB" else opened.convert("RGB")
+
+
+def decode_label(opened: Image.Image | np.ndarray, rows: int | None = None) -> np.ndarray:
+    """The class indices of an opened label, uint8 (H, W), likewise; below `rows` they are 0."""
+    if isinstance(opened, np.ndarray):
+        return opened
+    with errors_named(opened.filename, "label"):
+        _leave_out_rows(opened, rows)
+        return _indices(opened)
+
+
+def _indices(label: Image.Image) -> np.ndarray:
     """The values of an open label as its file stores them, uint8 (H, W)."""
     bits = _grey_bits(label)
     values = np.asarray(label)
@@ -123,7 +142,7 @@ def _indices(path: str | Path, label: Image.Image) -> np.ndarray:
     if values.dtype.itemsize > 1 and values.size and not 0 <= values.min() <= values.max() <= 255:
         odd = int(values.max() if values.max() > 255 else values.min())
         raise DataError(
-            f"{path}: the label has the value {odd}; class indices, and 255 for ignored pixels, are 0 to 255",
+            f"{label.filename}: the label has the value {odd}; class indices, and 255 for ignored pixels, are 0 to 255",
             "label values outside 0 to 255",
         )
     return values.astype(np.uint8, copy=False)
@@ -148,17 +167,17 @@ def _shown_values(label: Image.Image) -> tuple[int, ...] | None:
     return tuple(entry[0] for entry in entries) if set(entries) == {black, white} else None
 
 
-def _leave_out_rows(image: Image.Image, rows_needed: RowsNeeded | None) -> None:
-    """Have a large PNG decoded no further than needed; decoding goes from the top to the bottom.
+def _leave_out_rows(opened: Image.Image, rows: int | None) -> None:
+    """Have a large PNG decoded from the top down to row `rows` only.
 
-    What Pillow is to decode, and into which part of the image, stands in `tile`. An interlaced PNG comes as a whole.
+    Pillow's `tile` says what is decoded into which part of the image. An interlaced PNG is decoded as a whole.
     """
-    width, height = image.size
-    if rows_needed is None or image.format != "PNG" or image.info.get("interlace") or width * height < LARGE:
+    width, height = opened.size
+    if rows is None or opened.format != "PNG" or opened.info.get("interlace") or width * height < LARGE:
         return
-    if len(image.tile) == 1 and image.tile[0][1] == (0, 0, width, height):
-        decoder, _, offset, arguments = image.tile[0]
-        image.tile = [(decoder, (0, 0, width, min(rows_needed(width, height), height)), offset, arguments)]
+    if len(opened.tile) == 1 and opened.tile[0][1] == (0, 0, width, height):
+        decoder, _, offset, arguments = opened.tile[0]
+        opened.tile = [(decoder, (0, 0, width, min(rows, height)), offset, arguments)]
 
 
 def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.Image:

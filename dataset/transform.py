@@ -155,6 +155,23 @@ def apply_photometry(image: Image.Image, photometry: Photometry, box: Box | None
     return image.crop((x, y, x + box.width, y + box.height))
 
 
+def strong_view(
+    weak: Image.Image,
+    photometry: Photometry,
+    box: Box | None = None,
+    partner: Image.Image | None = None,
+    photometry_mix: Photometry | None = None,
+) -> Image.Image:
+    """The strong view of a weak one: its photometry and, inside a CutMix box, the strong view of its partner.
+
+    `partner` is the partner's weak view, `photometry_mix` what is drawn for its strong one. Without a box none is used.
+    """
+    strong = apply_photometry(weak, photometry)
+    if box is not None:
+        strong.paste(apply_photometry(partner, photometry_mix, box), (box.x, box.y))
+    return strong
+
+
 def _adjust(image: Any, jitter: tuple[tuple[str, float], ...]) -> Any:
     for name, factor in jitter:
         image = getattr(F, f"adjust_{name}")(image, factor)

@@ -9,7 +9,6 @@ there are warnings), 2 if nothing could be checked, for instance for want of a l
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dataset.atomic import replacing
 from dataset.files import IGNORE_INDEX, limit_image_pixels
 from dataset.lists import read_list
 from dataset.loader import default_workers
@@ -24,7 +24,7 @@ from dataset.prepare.audit import ERROR, LEVELS, WARNING, Inspection, inspect_li
 from util.cli import add_common_arguments, run_main
 from util.config import load_config, resolve_path
 from util.errors import ConfigError
-from util.run import list_unlabeled
+from util.lists import list_unlabeled
 from util.visualize import percent, share_chart
 
 REPORT, CHART = "report.txt", "classes.png"
@@ -70,14 +70,11 @@ def write_output(folder: Path, report: str, chart: Image.Image | None) -> None:
     if chart is not None:
         writers[CHART] = lambda path: chart.save(path, "PNG")
     for name, write in writers.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
-            write(temporary)
-            os.replace(temporary, folder / name)
+            with replacing(folder / name) as temporary:
+                write(temporary)
         except OSError as error:
             raise ConfigError(f"--output {folder / name}: cannot be written: {error.strerror or error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

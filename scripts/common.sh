@@ -12,7 +12,7 @@ variables() { # for usage
     cat <<TEXT
 variables, from the environment or the top of the script:
   dataset    a file configs/DATASET.yaml (default pascal)
-  method     unimatch (default), fixmatch or supervised
+  method     unimatch (default), unimatch_v2, fixmatch or supervised
   exp        a name for the experiment (default r101)
   split      a folder splits/DATASET/SPLIT (default 732)
   config, labeled, unlabeled
@@ -41,8 +41,8 @@ names() { # the last parts of the paths, without .yaml
 
 check_run() { # sets config, labeled, double and save
     case $method in
-        unimatch | fixmatch | supervised) ;;
-        *) wrong "method=$method: no such method; choose one of: unimatch fixmatch supervised" ;;
+        unimatch | unimatch_v2 | fixmatch | supervised) ;;
+        *) wrong "method=$method: no such method; choose one of: unimatch unimatch_v2 fixmatch supervised" ;;
     esac
 
     if [ -n "${config:-}" ]; then

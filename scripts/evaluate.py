@@ -15,6 +15,7 @@ from dataset.check import check_samples
 from dataset.files import limit_image_pixels
 from dataset.lists import read_list
 from dataset.loader import val_loader
+from dataset.source import DataSource
 from util.cli import run_main
 from util.config import EVAL_MODES, resolve_path
 from util.distributed.group import process_group
@@ -49,14 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = trained.build()
     mode = args.mode or cfg.eval_mode
     with process_group(processes, device):
-        loader = val_loader(
-            samples,
-            data_root,
-            loader_options(cfg, device),
-            processes.rank,
-            processes.count,
-            cfg.label_map,
-        )
+        source = DataSource(data_root, cfg.label_map)
+        loader = val_loader(samples, source, loader_options(cfg, device), processes.rank, processes.count)
         result = evaluate(trained.ready(model, device), loader, mode, cfg.crop_size, cfg.nclass, device)
     if processes.is_main:
         print(f"{args.checkpoint}: IoU in percent ({mode}, {len(samples)} images)")

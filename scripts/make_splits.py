@@ -9,6 +9,7 @@ unlabelled. The labelled and the validation images are drawn so that each has ev
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from dataset import DataError
+from dataset.atomic import replacing
 from dataset.check import mask_hint
 from dataset.files import IGNORE_INDEX, map_label, read_label
 from dataset.lists import Sample, images_in, is_hidden
@@ -150,22 +152,17 @@ def list_line(image: str, label: str | None = None) -> str:
 
 def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
     """Write {file name: lines}; no file appears unless all could be written."""
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in lists}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, lines in lists.items():
-            temporary[name].write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        for name in lists:
-            os.replace(temporary[name], folder / name)
+        with contextlib.ExitStack() as files:
+            for name, lines in lists.items():
+                temporary = files.enter_context(replacing(folder / name))
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        for path in temporary.values():
-            if path.is_file():
-                path.unlink()
 
 
-def class_table(pixels: np.ndarray, labeled: np.ndarray, val: np.ndarray) -> str:
+def count_table(pixels: np.ndarray, labeled: np.ndarray, val: np.ndarray) -> str:
     """A row per class that occurs: its share of the pixels, and how many images have it."""
     present, total = pixels > 0, pixels.sum()
     rows = [f"{'class':>5} {'pixels':>8} {'images':>7} {'labelled':>9} {'validation':>11}"]
@@ -248,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: hidden folders and files in {images} were left out: {len(hidden)}, such as {hidden[0]}")
     if orphans:
         print(f"note: {len(orphans)} labels have no image and were left out, such as {orphans[0]}")
-    print(class_table(pixels, labeled, val))
+    print(count_table(pixels, labeled, val))
     for kind, indices in (("labelled", labeled), ("validation", val)):
         if absent := [str(c) for c in found if not pixels[indices, c].any()]:
             print(f"note: no {kind} image has class {', '.join(absent)}: too few images")

@@ -31,11 +31,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import DataError
+from dataset.atomic import remove_leftovers
 from dataset.catalog import CATALOG, RGB
 from dataset.check import check_samples
 from dataset.lists import Sample, read_list
 from dataset.loader import default_workers
-from dataset.prepare.archives import Member, find_sources, members, new_file, remove_leftovers
+from dataset.prepare.archives import Member, find_sources, members, new_file
 from dataset.prepare.downloads import RECIPES, CocoImage, Recipe, Rule, read_instances, require
 from util.cli import run_main
 from util.config import resolve_path

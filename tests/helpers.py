@@ -21,6 +21,7 @@ from dataset import DataError
 from dataset.semi import UnlabeledViews
 from model import WeightsError, build_model
 from model.backbone import create_backbone
+from scripts.benchmark.naive import paste_partner
 from tests.reference import formulas
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -143,13 +144,17 @@ def make_model(**changes: Any) -> torch.nn.Module:
 def reference_batch(
     seed: int, i: int, batch: int = 4, size: int = 49, nclass: int = 5, dtype: torch.dtype = torch.float64
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews]:
-    """Step i's batch of the reference figures: ((image, label), views, the CutMix partner's views)."""
+    """Step i's batch of the reference figures: ((image, label), views, the CutMix partner's views).
+
+    The partner is pasted into the strong views, as the loader does; in the figures' inputs it is not yet.
+    """
     image, label = formulas.labeled(seed + 10 + i, batch, size, nclass)
     views = []
     for offset in (100, 200):
         parts = [torch.from_numpy(part) for part in formulas.unlabeled(seed + offset + i, batch, size)]
         views.append(UnlabeledViews(*(part.to(dtype) if part.ndim == 4 else part for part in parts)))
-    return (torch.from_numpy(image).to(dtype), torch.from_numpy(label)), *views
+    u, u_mix = views
+    return (torch.from_numpy(image).to(dtype), torch.from_numpy(label)), paste_partner(u, u_mix), u_mix
 
 
 def save(path: Path, pixels: np.ndarray, **options: Any) -> None:

@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 import unimatch
 from dataset import DataError
 from dataset.lists import read_list
-from dataset.loader import TRIES, LoaderOptions, train_loader
+from dataset.loader import LoaderOptions, train_loader
+from dataset.replacement import TRIES
 from dataset.semi import EpochSampler, Key, TrainDataset
+from dataset.source import DataSource
 from tests.helpers import TinyData, make_dataset, run_script
 from util.cli import run_main
 from util.log import RunLog
@@ -40,7 +42,7 @@ def _spoil(data: TinyData, name: str) -> Path:
 def _loader(data: TinyData, workers: int = 0, supervised: bool = False, partner: str = "same_image"):
     labeled = read_list(data.labeled)
     unlabeled = None if supervised else read_list(data.unlabeled, labels=False)
-    dataset = TrainDataset(labeled, unlabeled, data.root, 32, seed=3)
+    dataset = TrainDataset(labeled, unlabeled, DataSource(data.root), 32, seed=3)
     count = None if supervised else len(unlabeled)
     sampler = EpochSampler(len(labeled), count, 2, 3, partner=partner)
     return train_loader(dataset, sampler, LoaderOptions(workers), skip_bad=True)

@@ -13,6 +13,7 @@ from dataset.files import limit_image_pixels, read_image
 from dataset.inputs import find_pictures
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
+from dataset.source import DataSource
 from tests import faults
 from tests.helpers import PROJECT_ROOT, run_script
 from util.cli import parse_args, run_main
@@ -470,7 +471,7 @@ def test_a_huge_image_is_refused_in_mid_training_too(data, tmp_path, capsys, wor
 def test_worker_processes_that_are_no_copies_have_the_limit_too(data, monkeypatch):
     """As where Python does not fork: the limit reaches them with the loader."""
     limit_image_pixels(1279)
-    loader = val_loader(read_list(data.val), data.root, LoaderOptions(1))
+    loader = val_loader(read_list(data.val), DataSource(data.root), LoaderOptions(1))
     loader.multiprocessing_context = "spawn"
     with pytest.raises(DataError, match="max_image_pixels is 1279"):
         next(iter(loader))

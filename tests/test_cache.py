@@ -25,6 +25,7 @@ from dataset.files import read_label, read_pixels
 from dataset.lists import Sample
 from dataset.loader import LoaderOptions, train_loader
 from dataset.semi import EpochSampler, TrainDataset, ValDataset
+from dataset.source import DataSource
 from tests.helpers import PROJECT_ROOT
 
 COUNT, WIDTH, HEIGHT = 6, 50, 40
@@ -265,13 +266,13 @@ def test_batches_and_validation_samples_are_bit_identical_with_a_cache(root, tmp
     samples = [Sample(f"{index}.jpg", f"{index}.png") for index in range(COUNT)]
 
     def everything(cache: ImageCache | None) -> list:
-        data = TrainDataset(samples[:2], samples[2:], root, 24, 0, label_map={2: 1}, cache=cache)
+        data = TrainDataset(samples[:2], samples[2:], DataSource(root, {2: 1}, cache), 24, 0)
         loader = train_loader(data, EpochSampler(2, COUNT - 2, 2, 0), LoaderOptions(workers))
         batches = []
         for epoch in range(3):
             loader.sampler.set_epoch(epoch)
             batches += list(loader)
-        validation = ValDataset(samples, root, {2: 1}, cache)
+        validation = ValDataset(samples, DataSource(root, {2: 1}, cache))
         return [*batches, *(validation[index] for index in range(COUNT))]
 
     expected, found = (tree_leaves(everything(cache)) for cache in (None, ImageCache(tmp_path / "cache", 10**6)))

@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from tests.helpers import PROJECT_ROOT, run_script
-from util import checkpoint
 from util.checkpoint import (
     copy_checkpoint,
-    find_checkpoint,
     load_optimizer,
     save_checkpoint,
     save_epoch,
@@ -23,6 +21,7 @@ from util.checkpoint import (
 )
 from util.config import Config, to_dict
 from util.errors import CheckpointError
+from util.resume import find_checkpoint
 
 
 def _state(value: float, numel: int = 10) -> dict[str, object]:
@@ -178,7 +177,7 @@ def test_a_file_system_that_became_read_only_gives_the_same_error(tmp_path, monk
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(checkpoint.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(CheckpointError, match="Read-only file system"):
         save_checkpoint(_state(1), tmp_path / "latest.pth")
@@ -340,16 +339,19 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     assert _names(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_momentum_saved_in_another_memory_format_is_taken_up_value_for_value(tmp_path, fused):
+def test_momenta_saved_in_another_memory_format_are_taken_up_value_for_value(tmp_path, kind, fused):
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(4, 5, 3, 3, 3, generator=generator)
 
-    def optimizer(memory_format: torch.memory_format) -> torch.optim.SGD:
+    def optimizer(memory_format: torch.memory_format) -> torch.optim.Optimizer:
         weight = torch.nn.Parameter(start.clone().contiguous(memory_format=memory_format))
+        if kind == "adamw":
+            return torch.optim.AdamW([weight], lr=0.1, fused=fused)
         return torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=fused)
 
-    def step(optimizer: torch.optim.SGD, gradient: torch.Tensor) -> None:
+    def step(optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> None:
         (weight,) = optimizer.param_groups[0]["params"]
         weight.grad = torch.empty_like(weight).copy_(gradient)
         optimizer.step()
@@ -366,3 +368,23 @@ def test_momentum_saved_in_another_memory_format_is_taken_up_value_for_value(tmp
     for gradient in gradients[1:]:
         step(second, gradient)
     torch.testing.assert_close(second.param_groups[0]["params"][0], through.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"exp_avg": torch.zeros(3)},
+        {"exp_avg_sq": None},
+        {"step": torch.zeros(2, 2)},
+    ],
+)
+def test_a_state_that_is_not_adamws_is_refused(tmp_path, broken):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    load_optimizer(optimizer, state, tmp_path / "latest.pth")
+    state["state"][0] = {**state["state"][0], **broken}
+    with pytest.raises(CheckpointError, match="its optimizer is not the state of this model's"):
+        load_optimizer(optimizer, state, tmp_path / "latest.pth")

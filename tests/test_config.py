@@ -15,6 +15,8 @@ from util.config import (
     Criterion,
     check_batch,
     differing_keys,
+    for_method,
+    has_teacher,
     load_config,
     resolve_path,
     to_dict,
@@ -89,11 +91,19 @@ WRONG_TYPES = {
     "lr_multi": [1],
     "reference_batch": {},
     "scale_lr": 1,
+    "optimizer": "adam",
+    "weight_decay": "little",
+    "betas": 0.9,
     "criterion": 5,
     "conf_thresh": "high",
     "seed": "random",
+    "teacher": True,
+    "teacher_decay": "slow",
+    "evaluate": ["teacher"],
+    "supervised_epoch": "long",
     "model": "unet",
     "backbone": 50,
+    "lock_backbone": "perhaps",
     "pretrained": 1,
     "replace_stride_with_dilation": [0, 0, 1],
     "dilations": 6,
@@ -576,6 +586,8 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
     assert differing_keys(saved, cfg) == []
     other = {
         "data_root": "elsewhere",
+        "val_id_path": "v.txt",
+        "unlabeled_id_path": "u.txt",
         "classes": ["x", "y", "z"],
         "palette": [[1, 1, 1], [2, 2, 2], [3, 3, 3]],
         "device": "cpu",
@@ -605,20 +617,19 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
     }
     assert sorted(other) == sorted(NOT_SHAPING)
     assert differing_keys(saved, load_config(write(), other)) == []
-    changed = load_config(write(), {**other, "lr": 0.5, "criterion": "OHEM", "unlabeled_id_path": "u.txt"})
+    changed = load_config(write(), {**other, "lr": 0.5, "criterion": "OHEM"})
     assert differing_keys(saved, changed) == [
         "criterion: CELoss -> {'name': 'OHEM', 'thresh': 0.7, 'min_kept': 200000}",
         "lr: 0.01 -> 0.5",
-        "unlabeled_id_path: None -> u.txt",
     ]
 
 
 def test_a_checkpoint_older_than_a_key_was_trained_with_its_default(write):
     saved = to_dict(load_config(write()))
-    del saved["cutmix_partner"]
+    del saved["photometry"]
     assert differing_keys(saved, load_config(write())) == []
-    other = load_config(write(), {"cutmix_partner": "other_image"})
-    assert differing_keys(saved, other) == ["cutmix_partner: same_image -> other_image"]
+    other = load_config(write(), {"photometry": "device"})
+    assert differing_keys(saved, other) == ["photometry: worker -> device"]
 
 
 @pytest.mark.parametrize(
@@ -671,9 +682,62 @@ def test_a_batchnorm_group_of_one_image_is_refused_with_the_reason(write, method
     assert len(message.splitlines()) == 1
 
 
+# --- models and methods ----------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_of_the_other_model_is_named_with_its_model(write):
+    message = complaint(write(backbone="dinov2_small"))
+    assert "backbone: dinov2_small is for model: dpt; model: deeplabv3plus has resnet18" in message
+    assert "resnet18 is for model: deeplabv3plus" in complaint(write(model="dpt"))
+
+
+@pytest.mark.parametrize(("size", "near"), [(520, "518 and 532"), (20, "14 and 28"), (321, "308 and 322")])
+def test_a_crop_that_dinov2_cannot_take_is_refused_with_the_nearest_sizes(write, size, near):
+    message = complaint(write(model="dpt", backbone="dinov2_small", crop_size=size))
+    assert f"crop_size: {size} is no multiple of 14" in message and message.endswith(f"near are {near}")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "fragment"),
+    [
+        ("unimatch", {"teacher": "ema"}, "teacher: unimatch has none"),
+        ("supervised", {"teacher": "ema"}, "teacher: supervised has none"),
+        ("unimatch_v2", {"teacher": "none"}, "teacher: unimatch_v2 learns from one"),
+        ("unimatch", {"evaluate": "teacher"}, "evaluate: teacher: this run has no teacher"),
+        ("fixmatch", {"evaluate": "both"}, "evaluate: both: this run has no teacher"),
+        ("unimatch_v2", {"cutmix_partner": "same_image"}, "cutmix_partner: same_image: with a teacher"),
+        (
+            "fixmatch",
+            {"teacher": "ema", "cutmix_partner": "other_image"},
+            "cutmix_partner: other_image: with a teacher",
+        ),
+        (
+            "unimatch",
+            {"cutmix_partner": "reversed_batch"},
+            "cutmix_partner: reversed_batch: it goes with a teacher only",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_method_is_refused(write, method, changes, fragment):
+    with pytest.raises(ConfigError) as caught:
+        for_method(load_config(write(**changes)), method)
+    assert fragment in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_the_method_decides_what_cutmix_pastes_and_how_long_a_supervised_epoch_is(write):
+    v1 = load_config(write())
+    v2 = load_config(write(model="dpt", backbone="dinov2_small", crop_size=70, dataset="ade20k", classes=None))
+    assert for_method(v1, "fixmatch").cutmix_partner == for_method(v2, "unimatch").cutmix_partner == "same_image"
+    assert for_method(v1, "unimatch_v2").cutmix_partner == for_method(v2, "fixmatch").cutmix_partner == "reversed_batch"
+    assert for_method(v2, "supervised").supervised_epoch == 6000
+    assert for_method(v2, "fixmatch").supervised_epoch is for_method(v1, "supervised").supervised_epoch is None
+    check_batch(for_method(v2, "supervised"), "supervised", 1, 2, None)
+
+
 # --- the recipes of this project --------------------------------------------------------------------------------------
 
-RECIPES = sorted(path.name for path in (PROJECT_ROOT / "configs").glob("*.yaml"))
+CONFIGS = PROJECT_ROOT / "configs"
+RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -696,7 +760,29 @@ def test_the_published_recipes_are_those_of_the_paper(name, expected):
     assert tuple(getattr(cfg, key) for key in keys) == expected
     assert (cfg.batch_size, cfg.reference_batch, cfg.scale_lr, cfg.pretrained) == (2, 8, False, True)
     assert (cfg.dilations, cfg.replace_stride_with_dilation) == ((6, 12, 18), (False, False, True))
-    assert cfg.cutmix_partner == "same_image"
+    assert for_method(cfg, "unimatch").cutmix_partner == "same_image"
+    assert not any(has_teacher(cfg, method) for method in ("unimatch", "fixmatch", "supervised"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pascal", (21, 518, 60, 4, Criterion("CELoss"), "original", 3000)),
+        ("cityscapes", (19, 798, 180, 2, Criterion("OHEM", 0.7, 200_000), "sliding_window", 3000)),
+        ("ade20k", (150, 518, 60, 2, Criterion("CELoss"), "original", 6000)),
+        ("coco", (81, 518, 20, 4, Criterion("CELoss"), "original", 30_000)),
+    ],
+)
+def test_the_published_recipes_of_unimatch_v2_are_those_of_the_paper(name, expected):
+    cfg = for_method(load_config(f"configs/v2/{name}.yaml"), "supervised")
+    keys = ["nclass", "crop_size", "epochs", "batch_size", "criterion", "eval_mode", "supervised_epoch"]
+    assert tuple(getattr(cfg, key) for key in keys) == expected
+    assert (cfg.lr, cfg.lr_multi, cfg.conf_thresh, cfg.reference_batch) == (5e-6, 40, 0.95, 4 * cfg.batch_size)
+    assert (cfg.model, cfg.backbone, cfg.optimizer, cfg.lock_backbone) == ("dpt", "dinov2_small", "adamw", False)
+    assert [has_teacher(cfg, method) for method in ("unimatch_v2", "fixmatch", "unimatch", "supervised")] == [
+        *(True, True),
+        *(False, False),
+    ]
 
 
 @pytest.mark.parametrize("name", ["pascal", "cityscapes", "coco"])

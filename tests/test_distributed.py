@@ -24,9 +24,11 @@ from dataset import DataError
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
 from dataset.semi import UnlabeledViews
+from dataset.source import DataSource
 from fixmatch import fixmatch_step
 from model.backbone.resnet import BasicBlock, ResNet
 from model.semseg.deeplabv3plus import DeepLabV3Plus
+from scripts.benchmark.naive import paste_partner
 from supervised import supervised_step
 from tests.helpers import make_dataset
 from tests.reference import formulas
@@ -103,7 +105,8 @@ def _share(step: int, rank: int, count: int) -> tuple[Any, UnlabeledViews, Unlab
         return UnlabeledViews(*(part[rank::count] for part in parts))
 
     image, label = (torch.from_numpy(part) for part in formulas.labeled(10 + step, IMAGES, SIZE, NCLASS))
-    return (image[rank::count].double(), label[rank::count]), views(100 + step), views(200 + step)
+    u, u_mix = views(100 + step), views(200 + step)
+    return (image[rank::count].double(), label[rank::count]), paste_partner(u, u_mix), u_mix
 
 
 def _step(method: str, model: nn.Module, batch: tuple[Any, UnlabeledViews, UnlabeledViews]) -> dict[str, torch.Tensor]:
@@ -275,7 +278,7 @@ def test_a_model_on_one_process_is_not_wrapped():
 def _evaluate(rank: int, count: int, list_path: Path) -> dict[str, Any]:
     model = _model(nclass=3)
     nn.init.normal_(model.classifier.weight)  # spreads the predictions over the classes
-    loader = val_loader(read_list(list_path), list_path.parent, LoaderOptions(), rank, count)
+    loader = val_loader(read_list(list_path), DataSource(list_path.parent), LoaderOptions(), rank, count)
     result = evaluate(model.eval(), loader, "original", 32, 3, CPU)
     return {"miou": result.miou, "iou": result.iou, "confusion": result.confusion, "images": len(loader)}
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.transform import normalize
-from scripts.benchmark import naive as naive
+from scripts.benchmark import naive
 from tests.helpers import make_model
 from tests.reference import formulas
 from tests.reference.weights import reference_state

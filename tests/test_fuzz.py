@@ -30,9 +30,10 @@ from model import WeightsError, build_model, load_checkpoint_state, read_checkpo
 from model.backbone import create_backbone
 from model.weights import read_pretrained
 from tests.helpers import PROJECT_ROOT
-from util.checkpoint import find_checkpoint, load_optimizer
+from util.checkpoint import load_optimizer
 from util.config import Config, load_config, to_dict
 from util.errors import CheckpointError, ConfigError, error_line
+from util.resume import find_checkpoint
 from util.schedule import build_optimizer
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
@@ -223,13 +224,12 @@ def _model() -> torch.nn.Module:
 def _checkpoint() -> dict:
     """A checkpoint with everything but big tensors: the optimiser knows one parameter."""
     state = {"epoch": 1, "iteration": 2, "previous_best": 1.5, "best_epoch": 1, "last_miou": 1.5}
-    config = json.loads(json.dumps(to_dict(_config())))
     layer, optimizer = _layer()
     return {
         **state,
         "model": layer.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "config": config,
+        "config": json.loads(json.dumps(to_dict(_config()))),
         "run": {"a": "b"},
     }
 

@@ -12,6 +12,7 @@ from dataset.check import check_samples
 from dataset.files import map_label
 from dataset.lists import Sample, read_list
 from dataset.semi import Key, TrainDataset, ValDataset
+from dataset.source import DataSource
 from model import build_model
 from scripts import evaluate, predict
 from tests.helpers import make_dataset, run_script
@@ -111,7 +112,7 @@ def test_training_and_validation_see_mapped_labels(data, coded):
     assert isinstance(load_config(coded.config), Config)
     samples = read_list(data.labeled)
     plain, mapped = (
-        TrainDataset(samples, None, root, 32, 0, label_map=label_map)
+        TrainDataset(samples, None, DataSource(root, label_map), 32, 0)
         for root, label_map in ((data.root, None), (coded.root, MAP))
     )
     seen = set()
@@ -121,7 +122,7 @@ def test_training_and_validation_see_mapped_labels(data, coded):
         seen |= set(label.unique().tolist())
     assert seen == {0, 1, 2, 255}
     for (_, expected), (_, label) in zip(
-        ValDataset(samples, data.root), ValDataset(samples, coded.root, MAP), strict=True
+        ValDataset(samples, DataSource(data.root)), ValDataset(samples, DataSource(coded.root, MAP)), strict=True
     ):
         assert torch.equal(label, expected)
 
@@ -129,7 +130,7 @@ def test_training_and_validation_see_mapped_labels(data, coded):
 def test_padding_of_a_crop_stays_ignored_where_255_is_a_class(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     Image.new("L", (20, 20), 255).save(tmp_path / "label.png")
-    dataset = TrainDataset([Sample("a.png", "label.png")], None, tmp_path, 64, 0, label_map={255: 1})
+    dataset = TrainDataset([Sample("a.png", "label.png")], None, DataSource(tmp_path, {255: 1}), 64, 0)
     label = dataset[Key(0, 0)][1]
     assert set(label.unique().tolist()) == {1, 255}
 

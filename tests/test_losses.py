@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scripts.benchmark import naive as naive
+from scripts.benchmark import naive
 from tests.reference import formulas
 from util import losses
 from util.config import Criterion
-from util.losses import CrossEntropy, OhemCrossEntropy, build_criterion, kth_smallest, pixel_cross_entropy
+from util.losses import CrossEntropy, OhemCrossEntropy, build_criterion, pixel_cross_entropy
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
 SEED = FIGURES["seed"]
@@ -153,13 +153,20 @@ def test_a_loss_is_one_graph_to_the_compiler(criterion):
     assert compiled(logits, label).item() == criterion(logits, label).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kth_smallest_is_that_of_a_sort(dtype):
-    rng = np.random.default_rng(0)
-    for values in (rng.random(999), rng.integers(0, 3, 50) / 2, 1e-38 * rng.random(20), np.append(np.zeros(5), 1e9)):
-        values = torch.from_numpy(values).to(dtype)
-        for k in {1, 2, len(values) // 2, len(values)}:
-            assert kth_smallest(values, k).tolist() == [values.sort().values[k - 1]]
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("others", [0, 5])
+def test_a_pixel_exactly_at_the_threshold_is_kept(monkeypatch, free, others):
+    """`p <= thresh`, in the branch that reads values and in the one that does not, with more pixels hard than not."""
+    monkeypatch.setattr(losses, "_reading_is_free", lambda _: free)
+    # Equal logits give p = 1 / 2 exactly; the others are harder, the last is easier.
+    rows = [[0.0, 0.0]] * 3 + [[-3.0, 0.0]] * others + [[9.0, 0.0]]
+    logits = torch.tensor(rows, dtype=torch.float64).T.reshape(1, 2, 1, -1).clone().requires_grad_()
+    label = torch.zeros(1, 1, len(rows), dtype=torch.int64)
+    assert torch.exp(-pixel_cross_entropy(logits, label))[0, 0, 0] == 0.5
+    for min_kept in range(1, 4 + others):
+        logits.grad = None
+        OhemCrossEntropy(255, 0.5, min_kept)(logits, label).backward()
+        assert _kept(logits) == set(range(3 + others))
 
 
 @pytest.mark.parametrize("min_kept", [1, 30, 700, 1400])

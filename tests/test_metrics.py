@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.benchmark import naive as naive
+from scripts.benchmark import naive
 from util.metrics import confusion_matrix, iou_per_class, iou_table, mean_iou
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tests.helpers import TinyData, make_dataset, run_script
 from util.cli import run_main
 from util.errors import EXIT_STOPPED, TrainingStopped
 from util.log import RunLog
+from util.schedule import build_optimizer
 from util.train.nonfinite import NonFiniteGuard
 from util.train.step_metrics import StepMetrics
 
@@ -28,10 +28,10 @@ def log(tmp_path: Path) -> RunLog:
     return RunLog(tmp_path, active=False)
 
 
-def _net() -> tuple[nn.Module, torch.optim.Optimizer]:
+def _net(kind: str = "sgd") -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    return model, build_optimizer(model, 0.1, 1, weight_decay=1e-2, kind=kind)
 
 
 def _image(number: int) -> torch.Tensor:
@@ -98,8 +98,8 @@ def _train(model, optimizer, numbers, guard=None, broken=None) -> list[bool]:
 
 
 def _state(model, optimizer) -> list[torch.Tensor]:
-    momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
-    return [tensor.clone() for tensor in (*model.state_dict().values(), *momenta)]
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    return [tensor.clone() for tensor in (*model.state_dict().values(), *states)]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -109,11 +109,11 @@ def test_the_broken_steps_do_break_what_the_guard_protects(broken):
     assert not all(tensor.isfinite().all() for tensor in _state(model, optimizer))
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_step_that_is_not_finite_leaves_no_trace(broken, log):
-    model, optimizer = _net()
-    twin = copy.deepcopy(model)
-    twins = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+def test_a_step_that_is_not_finite_leaves_no_trace(broken, log, kind):
+    model, optimizer = _net(kind)
+    twin, twins = _net(kind)
     guard = NonFiniteGuard([model], optimizer, 5, log)
     assert _train(model, optimizer, [0, 1, 2], guard, broken) == [False, True, False, False]
     assert guard.unreported == 1
@@ -122,11 +122,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(broken, log):
         assert torch.equal(kept, expected)
 
 
-def test_a_first_step_that_is_not_finite_leaves_no_trace_either(log):
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_first_step_that_is_not_finite_leaves_no_trace_either(log, kind):
     """It is the one that makes the momenta."""
-    model, optimizer = _net()
-    twin = copy.deepcopy(model)
-    twins = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    model, optimizer = _net(kind)
+    twin, twins = _net(kind)
     guard = NonFiniteGuard([model], optimizer, 5, log)
     guard.keep()
     _forward(model, _image(9))

@@ -365,15 +365,29 @@ def test_settings_that_shape_training_may_not_change(data, interrupted, capsys):
     assert _content(interrupted) == before
 
 
-@pytest.mark.parametrize("changed", ["labelled", "unlabelled"])
+@pytest.mark.parametrize("changed", ["labelled", "unlabelled", "validation"])
 def test_lists_with_other_content_are_refused_whatever_their_name(data, interrupted, changed, capsys, tmp_path):
-    original = data.labeled if changed == "labelled" else data.unlabeled
+    original = {"labelled": data.labeled, "unlabelled": data.unlabeled, "validation": data.val}[changed]
     shorter = tmp_path / original.name
     shorter.write_text("\n".join(original.read_text().splitlines()[:-1]))
-    option = "--labeled-id-path" if changed == "labelled" else "--unlabeled-id-path"
-    line = _refused(unimatch.main, [*data.arguments(interrupted), option, str(shorter)], capsys)
-    count = {"labelled": 4, "unlabelled": 6}[changed]
+    options = {
+        "labelled": ["--labeled-id-path", str(shorter)],
+        "unlabelled": ["--unlabeled-id-path", str(shorter)],
+        "validation": ["--set", f"val_id_path={shorter}"],
+    }[changed]
+    line = _refused(unimatch.main, [*data.arguments(interrupted), *options], capsys)
+    count = {"labelled": 4, "unlabelled": 6, "validation": 2}[changed]
     assert re.search(rf"\({changed} list: {count} images, \w+ -> {count - 1} images, \w+\) - set them back", line)
+
+
+def test_the_same_lists_at_another_place_are_the_same_lists(data, interrupted, tmp_path):
+    moved = {}
+    for name in ("labeled", "unlabeled", "val"):
+        moved[name] = tmp_path / f"moved-{name}.txt"
+        shutil.copyfile(getattr(data, name), moved[name])
+    options = ["--labeled-id-path", str(moved["labeled"]), "--unlabeled-id-path", str(moved["unlabeled"])]
+    unimatch.main([*data.arguments(interrupted), *options, "--set", f"val_id_path={moved['val']}"])
+    assert _load(interrupted)["epoch"] == 2
 
 
 def test_another_method_is_refused(data, interrupted, capsys):

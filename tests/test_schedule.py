@@ -56,6 +56,30 @@ def test_the_backbone_and_the_rest_have_a_group_each():
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
 
 
+def test_adamw_decays_by_a_hundredth_unless_told_otherwise():
+    optimizer = build_optimizer(_Net(), lr=0.01, lr_multi=40, kind="adamw")
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.4]
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
+    (group, _) = build_optimizer(_Net(), 1, 1, weight_decay=0.0, kind="adamw", betas=(0.5, 0.6)).param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.0)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_what_needs_no_gradient_neither_learns_nor_decays(kind):
+    """A locked backbone's group is there, empty."""
+    model = _Net()
+    model.backbone.requires_grad_(False)
+    before = [parameter.clone() for parameter in model.backbone.parameters()]
+    optimizer = build_optimizer(model, lr=0.1, lr_multi=10, weight_decay=0.5, kind=kind)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 4]
+    sum(parameter.square().sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    set_poly_lr(optimizer, 3, 8)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True))
+
+
 def test_a_wrapper_around_the_model_does_not_change_the_groups():
     bare, wrapped = (build_optimizer(m, 0.01, 10) for m in (_Net(), nn.ModuleDict({"module": _Net()})))
     assert [len(g["params"]) for g in wrapped.param_groups] == [len(g["params"]) for g in bare.param_groups]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dataset.semi import UnlabeledViews
+from dataset.semi import Partner, UnlabeledViews
 from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
 
 THRESHOLDS = [0.0, 0.5, 0.95, 1.0]
@@ -147,9 +147,10 @@ def test_pseudo_labels_of_the_samples_in_use_are_those_of_the_whole_batch(used):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).double().eval()
     image, unused = torch.randn(3, 3, 5, 6).double(), [index for index in range(3) if index not in used]
     everything = predict_pseudo_label(model, _views(image))
-    found = predict_pseudo_label(
-        model, _views(image)._replace(weak=image[used], used=torch.tensor(used, dtype=torch.int64))
-    )
+    ignore_mask = torch.zeros_like(image[:, 0], dtype=torch.uint8)
+    found = predict_pseudo_label(model, Partner(image[used], ignore_mask, torch.tensor(used, dtype=torch.int64)))
+    whole = predict_pseudo_label(model, Partner(image, ignore_mask))
+    assert all(map(torch.equal, everything, whole))
     for whole, part in zip(everything, found, strict=True):
         assert part.dtype == whole.dtype and part.shape == whole.shape
         # Up to the order in which a convolution sums, which depends on the size of the batch.
@@ -158,7 +159,7 @@ def test_pseudo_labels_of_the_samples_in_use_are_those_of_the_whole_batch(used):
 
 
 def _views(image: torch.Tensor) -> UnlabeledViews:
-    """CutMix partners of which only the weak view matters."""
+    """Whole views as CutMix partners, of which only the weak one matters."""
     return UnlabeledViews(image, image, None, torch.zeros_like(image[:, 0], dtype=torch.uint8), None, None)
 
 

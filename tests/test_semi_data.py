@@ -15,15 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dataset.semi
-from dataset.files import read_label, read_pixels
+import dataset.source
 from dataset.lists import Sample
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.packing import collate, to_device
 from dataset.semi import EpochSampler, Key, TrainDataset, stream
+from dataset.source import DataSource
 from dataset.transform import IMAGENET_STD, normalize, to_tensor
+from scripts.benchmark.naive import paste_partner
 from scripts.benchmark.naive_data import NaiveDataset, collate_naive
 from tests.reference import formulas
-from util.semi import cutmix
 
 SIZE = 24
 LABELED, UNLABELED = 3, 7
@@ -36,6 +37,15 @@ PUBLISHED = {
         f"coco {x}": (x, 118287 - x, n)
         for x, n in ((232, 14757), (463, 14728), (925, 14670), (1849, 14555), (3697, 14324))
     },
+}
+
+
+# UniMatch V2's supervised baseline: samples of an epoch, batch per process before it is doubled, iterations.
+PUBLISHED_V2 = {
+    "pascal": (3000, 4, 93),
+    "cityscapes": (3000, 2, 187),
+    "ade20k": (6000, 2, 375),
+    "coco": (30000, 4, 937),
 }
 
 
@@ -57,7 +67,7 @@ def _labeled() -> list[Sample]:
 
 def _dataset(root: Path, strong_views: int = 2, seed: int = 0, **options) -> TrainDataset:
     unlabeled = [Sample(f"{i}.png", f"{i}_no_such_label.png") for i in range(LABELED, LABELED + UNLABELED)]
-    return TrainDataset(_labeled(), unlabeled, root, SIZE, seed, strong_views, **options)
+    return TrainDataset(_labeled(), unlabeled, DataSource(root), SIZE, seed, strong_views, **options)
 
 
 def _tensors(sample) -> list[torch.Tensor]:
@@ -106,6 +116,24 @@ def test_a_supervised_epoch_is_one_pass_over_the_labelled_set():
     keys = _epoch(12, None, 4, 0)
     assert sorted(key.labeled for key in keys) == list(range(12))
     assert {(key.unlabeled, key.partner) for key in keys} == {(-1, -1)}
+
+
+@pytest.mark.parametrize("labeled, length", [(3, 10), (10, 10), (12, 12)])
+def test_a_supervised_epoch_repeats_a_short_labelled_set_up_to_a_length(labeled, length):
+    keys = _epoch(labeled, None, 2, 0, repeat_labeled_to=10)
+    assert sorted(key.labeled for key in keys) == list(range(length))  # each repetition is a sample of its own
+    counts = Counter(key.labeled % labeled for key in keys).values()
+    assert len(counts) == labeled and max(counts) - min(counts) <= 1
+    shares = [_epoch(labeled, None, 1, 0, rank=rank, processes=2, repeat_labeled_to=10) for rank in range(2)]
+    assert sorted(key for share in shares for key in share) == sorted(keys)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_V2])
+def test_iterations_of_a_supervised_epoch_of_v2_are_the_published_ones(name):
+    length, batch_size, iterations = PUBLISHED_V2[name]
+    assert len(EpochSampler(92, None, 2 * batch_size, 0, processes=4, repeat_labeled_to=length)) == (
+        2 * batch_size * iterations
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -190,9 +218,9 @@ def test_a_sample_has_the_promised_shapes_and_types(root):
 @pytest.mark.parametrize("strong_views", [1, 2])
 @pytest.mark.parametrize("partner", ["same_image", "other_image"])
 def test_a_step_sees_what_the_naive_way_gives_it(root, strong_views, partner):
-    """To the last bit, at 20 batches: CutMix is applied to both, as the step does, since only its result is used."""
+    """To the last bit, at 20 batches, once the partner is pasted into the naive loader's strong views."""
     fast = _dataset(root, strong_views)
-    slow = NaiveDataset(fast.labeled, fast.unlabeled, root, SIZE, fast.seed)
+    slow = NaiveDataset(fast.labeled, fast.unlabeled, DataSource(root), SIZE, fast.seed)
     sampler = EpochSampler(LABELED, UNLABELED, 3, 0, partner=partner)
     boxes = 0
     for epoch in range(10):
@@ -204,21 +232,41 @@ def test_a_step_sees_what_the_naive_way_gives_it(root, strong_views, partner):
             slow_labeled, slow_u, slow_mix = collate_naive([slow[key] for key in batch])
             assert _equal(labeled, slow_labeled) and torch.equal(u.weak, slow_u.weak)
             assert torch.equal(u.ignore_mask.long(), slow_u.ignore_mask)
+            mixed = paste_partner(slow_u, slow_mix)
             boxed = torch.zeros(3, dtype=torch.bool)
             for view in ("1", "2")[:strong_views]:
                 box = getattr(slow_u, f"box{view}")
                 assert torch.equal(getattr(u, f"box{view}").long(), box)
                 boxed |= box.flatten(1).any(1)
-                mixed, slow_mixed = (
-                    cutmix(getattr(own, f"strong{view}"), getattr(mix, f"strong{view}"), box)
-                    for own, mix in ((u, u_mix), (slow_u, slow_mix))
-                )
-                assert torch.equal(mixed, slow_mixed)
+                assert torch.equal(getattr(u, f"strong{view}"), getattr(mixed, f"strong{view}"))
             assert torch.equal(u_mix.used, boxed.nonzero()[:, 0])
             assert torch.equal(u_mix.weak, slow_mix.weak[boxed])
             assert torch.equal(u_mix.ignore_mask[boxed].long(), slow_mix.ignore_mask[boxed])
             boxes += int(boxed.sum())
     assert 10 < boxes < 60
+
+
+@pytest.mark.parametrize("photometry", ["worker", "device"])
+@pytest.mark.parametrize("strong_views", [1, 2])
+def test_with_the_reversed_batch_as_partner_nothing_is_pasted_and_no_second_view_made(root, strong_views, photometry):
+    fast = _dataset(root, strong_views, photometry=photometry)
+    slow = NaiveDataset(fast.labeled, fast.unlabeled, DataSource(root), SIZE, fast.seed)
+    keys = _epoch(LABELED, UNLABELED, 7, 0, partner="reversed_batch")
+    assert [key.partner for key in keys] == [-1] * 7
+    same = _epoch(LABELED, UNLABELED, 7, 0)
+    assert [key[:3] for key in keys] == [key[:3] for key in same]
+    packed = collate([fast[key] for key in keys])
+    labeled, u = to_device(packed, torch.device("cpu"))
+    slow_labeled, slow_u = collate_naive([slow[key] for key in keys])
+    assert len(packed[1].pixels) == 7 * (1 + strong_views * (photometry == "worker"))
+    assert _equal(labeled, slow_labeled) and torch.equal(u.weak, slow_u.weak)
+    assert torch.equal(u.ignore_mask.long(), slow_u.ignore_mask)
+    for view in ("1", "2")[:strong_views]:
+        assert torch.equal(getattr(u, f"box{view}").long(), getattr(slow_u, f"box{view}"))
+        if photometry == "worker":
+            assert torch.equal(getattr(u, f"strong{view}"), getattr(slow_u, f"strong{view}"))
+    assert u.box1.any()
+    assert (u.strong2 is None) == (u.box2 is None) == (strong_views == 1)
 
 
 def test_a_sample_is_a_function_of_its_key_alone(root):
@@ -237,7 +285,7 @@ def test_epoch_seed_and_view_give_other_draws(root):
     labeled, views = _dataset(root)[key]
     for other_labeled, other in (_dataset(root)[key._replace(epoch=1)], _dataset(root, seed=1)[key]):
         assert not _equal(labeled, other_labeled) and not torch.equal(views.weak, other.weak)
-    assert not torch.equal(views.weak, views.partner)  # the same image, seen twice
+    assert not torch.equal(views.weak, views.partner.weak)  # the same image, seen twice
     assert not torch.equal(*views.strong)
 
 
@@ -252,7 +300,7 @@ def test_labels_follow_their_images(root):
     array = np.kron(np.arange(12).reshape(3, 4) * 20, np.ones((20, 20))).astype(np.uint8)
     Image.fromarray(array).convert("RGB").save(root / "steps.png")
     Image.fromarray(array).save(root / "steps_label.png")
-    data = TrainDataset([Sample("steps.png", "steps_label.png")], None, root, SIZE, seed=0)
+    data = TrainDataset([Sample("steps.png", "steps_label.png")], None, DataSource(root), SIZE, seed=0)
     for index in range(30):
         image, label = data[Key(0, index)]
         valid = label != 255
@@ -285,7 +333,8 @@ def test_photometry_on_the_device_differs_from_the_workers_by_some_levels(tmp_pa
     Image.fromarray((128 + 90 * waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8)).save(
         tmp_path / "waves.png"
     )
-    arguments = [Sample("waves.png", "waves.png")], [Sample("waves.png", None)], tmp_path, size, 0, strong_views
+    samples, source = [Sample("waves.png", "waves.png")], DataSource(tmp_path)
+    arguments = samples, [Sample("waves.png", None)], source, size, 0, strong_views
     worker, device = TrainDataset(*arguments), TrainDataset(*arguments, photometry="device")
     worker._labeled = device._labeled = lambda key: (torch.zeros(size, size, 3), torch.zeros(size, size))
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
@@ -305,10 +354,8 @@ def test_photometry_on_the_device_differs_from_the_workers_by_some_levels(tmp_pa
 
 def test_an_image_that_is_its_own_partner_is_decoded_once(root, monkeypatch):
     opened = []
-    decode = dataset.semi.decode_image
-    monkeypatch.setattr(
-        dataset.semi, "decode_image", lambda path, *a: opened.append(Path(path).name) or decode(path, *a)
-    )
+    open_image = dataset.source.open_image
+    monkeypatch.setattr(dataset.source, "open_image", lambda path: opened.append(Path(path).name) or open_image(path))
     for epoch in range(8):
         own, other = f"{LABELED + 2}.png", f"{LABELED + 4}.png"
         opened.clear()
@@ -330,20 +377,19 @@ def test_samples_of_large_png_are_the_same_however_far_they_are_decoded(tmp_path
         if interlaced:
             _interlace(tmp_path / f"{name}.png", np.asarray(picture))
     samples = [Sample("image.png", "label.png")]
-    data = TrainDataset(samples, [samples[0]._replace(label=None)], tmp_path, 200, seed=1)
+    data = TrainDataset(samples, [samples[0]._replace(label=None)], DataSource(tmp_path), 200, seed=1)
     keys = [Key(epoch, 0, 0, 0) for epoch in range(12)]
     found = [data[key] for key in keys]
     cuts = []
 
-    def whole(path, rows_needed=None):
-        height = Image.open(path).height
-        cuts.append(rows_needed(1000, 700) < height)
-        return read_pixels(path)
+    def whole(opened, rows):
+        cuts.append(rows < opened.height)
+        return np.asarray(opened)
 
     monkeypatch.setattr(dataset.semi, "decode_image", whole)
-    monkeypatch.setattr(dataset.semi, "read_indices", lambda path, _: np.asarray(read_label(path)))
+    monkeypatch.setattr(dataset.source, "decode_label", whole)
     assert all(_equal(data[key], views) for key, views in zip(keys, found, strict=True))
-    assert sum(cuts) > 12
+    assert sum(cuts) > 18
 
 
 def _interlace(path: Path, pixels: np.ndarray) -> None:
@@ -370,13 +416,13 @@ def test_other_image_works_with_one_image_per_process(root):
     # A partner's view is drawn for the sample that it is pasted into, from the other image.
     key, (_, views) = next((key, batch) for key, batch in zip(sampler, batches, strict=True) if len(batch[1].used))
     _, same = _dataset(root)[key._replace(partner=key.unlabeled)]
-    assert torch.equal(views.weak[0], same.weak) and not torch.equal(views.partner[0], same.partner)
+    assert torch.equal(views.weak[0], same.weak) and not torch.equal(views.partner[0], same.partner.weak)
 
 
 def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
     opened = set()
-    read = dataset.semi.read_indices
-    monkeypatch.setattr(dataset.semi, "read_indices", lambda path, *a: opened.add(Path(path).name) or read(path, *a))
+    open_label = dataset.source.open_label
+    monkeypatch.setattr(dataset.source, "open_label", lambda path: opened.add(Path(path).name) or open_label(path))
     for partner in ("same_image", "other_image"):
         sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner=partner)
         assert len(list(train_loader(_dataset(root), sampler, LoaderOptions()))) == UNLABELED
@@ -414,7 +460,7 @@ def test_collate_stacks_samples_and_keeps_only_the_partners_that_are_used(root):
         for i, ((own_image, own_label), sample) in enumerate(samples):
             in_batch = (image[i], label[i], views.weak[i], *(view[i] for view in views.strong))
             assert _equal(in_batch, (own_image, own_label, sample.weak, *sample.strong))
-        assert torch.equal(views.partner, torch.stack([samples[index][1].partner for index in partners]))
+        assert torch.equal(views.partner, torch.stack([samples[index][1].partner.weak for index in partners]))
 
 
 def test_a_batch_without_any_box_has_no_partner(root):
@@ -433,12 +479,12 @@ def test_a_step_gets_normalised_floats_and_int64_labels(root):
     assert {tensor.dtype for tensor in (*views[:3], partner.weak)} == {torch.float32}
     assert {views.ignore_mask.dtype, partner.ignore_mask.dtype} == {torch.uint8}
     assert {views.box1.dtype, views.box2.dtype} == {torch.bool}
-    assert views.used is None and partner.used.dtype == torch.int64
+    assert partner.used.dtype == torch.int64
 
 
 def test_supervised_and_single_view_batches_reach_the_device_too(root):
     device = torch.device("cpu")
-    supervised = TrainDataset(_labeled(), None, root, SIZE, 0)
+    supervised = TrainDataset(_labeled(), None, DataSource(root), SIZE, 0)
     sampler = EpochSampler(LABELED, None, 3, 0)
     (batch,) = train_loader(supervised, sampler, LoaderOptions())
     image, label = to_device(batch, device)
@@ -462,7 +508,10 @@ def test_a_batch_goes_to_the_device_without_a_value_being_read_back(root, photom
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_validation_image_goes_to_exactly_one_process(root, processes, workers):
-    shares = [list(val_loader(_labeled(), root, LoaderOptions(workers), rank, processes)) for rank in range(processes)]
+    shares = [
+        list(val_loader(_labeled(), DataSource(root), LoaderOptions(workers), rank, processes))
+        for rank in range(processes)
+    ]
     assert sum(len(share) for share in shares) == LABELED
     assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
     seen = sorted(tuple(image.shape) for share in shares for image, _ in share)
@@ -470,12 +519,12 @@ def test_each_validation_image_goes_to_exactly_one_process(root, processes, work
 
 
 def test_more_processes_than_validation_images_leave_some_shares_empty(root):
-    shares = [list(val_loader(_labeled()[:2], root, LoaderOptions(), rank, 3)) for rank in range(3)]
+    shares = [list(val_loader(_labeled()[:2], DataSource(root), LoaderOptions(), rank, 3)) for rank in range(3)]
     assert [len(share) for share in shares] == [1, 1, 0]
 
 
 def test_validation_samples_are_the_files_as_they_are(root):
-    (image, label), *_ = val_loader(_labeled(), root, LoaderOptions())
+    (image, label), *_ = val_loader(_labeled(), DataSource(root), LoaderOptions())
     assert torch.equal(image[0], to_tensor(Image.open(root / "0.png")))
     assert torch.equal(label[0], to_tensor(Image.open(root / "0_label.png")))
 

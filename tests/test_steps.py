@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.semi import UnlabeledViews
 from fixmatch import fixmatch_step
-from scripts.benchmark import naive as naive
+from scripts.benchmark import naive
 from supervised import supervised_step
 from tests.helpers import make_model, reference_batch
 from tests.reference.weights import check_summary, reference_state

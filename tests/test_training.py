@@ -18,6 +18,7 @@ import supervised
 import unimatch
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
+from dataset.source import DataSource
 from model import build_model
 from tests.helpers import TinyData, make_dataset, run_script
 from util.cli import run_main
@@ -120,7 +121,7 @@ def test_the_best_checkpoint_has_the_miou_that_was_told(data, runs, method):
     cfg = _config(data, method)
     model = build_model(cfg)
     model.load_state_dict(_load(runs[method], "best.pth")["model"])
-    loader = val_loader(read_list(data.val), data.root, LoaderOptions())
+    loader = val_loader(read_list(data.val), DataSource(data.root), LoaderOptions())
     result = evaluate(model, loader, cfg.eval_mode, cfg.crop_size, cfg.nclass, "cpu")
     best = _load(runs[method])["previous_best"]
     assert result.miou == best

@@ -44,7 +44,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, config_required: bool 
 
 
 def parse_args(method: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of a method script (`unimatch`, `fixmatch` or `supervised`)."""
+    """Arguments of a method script (`unimatch`, `unimatch_v2`, `fixmatch` or `supervised`)."""
     about = f"Train {method} on one process, or under torchrun or srun on several."
     parser = argparse.ArgumentParser(prog=f"{method}.py", description=about)
     add_common_arguments(parser)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.catalog import CATALOG
-from util.config_rules import check_batch, check_rules
+from util.config_rules import check_batch, check_rules, for_method, has_teacher
 from util.config_schema import EVAL_MODES, NOT_SHAPING, Config, Criterion
 from util.config_values import convert, convert_label_map, plain_values, without_kwargs
 from util.errors import ConfigError, one_line, quoted, suggest
@@ -29,6 +29,8 @@ __all__ = [
     "check_batch",
     "config_from",
     "differing_keys",
+    "for_method",
+    "has_teacher",
     "load_config",
     "parse_label_map",
     "resolve_path",

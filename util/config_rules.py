@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
-from model import BACKBONES
+from dataset.catalog import CATALOG
+from model import MODELS, SIZE_MULTIPLES
 from util.config_schema import Config
 from util.errors import ConfigError, quoted, suggest
 
@@ -21,11 +23,22 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
 
     if not re.fullmatch(r"[\w.-]+", cfg.dataset):
         fail("dataset", f"{quoted(cfg.dataset)} may have letters, digits, '_', '-' and '.' only: it names a folder")
-    if cfg.backbone not in BACKBONES:
+    backbones = MODELS[cfg.model]
+    if other := next((name for name, names in MODELS.items() if name != cfg.model and cfg.backbone in names), None):
+        fail("backbone", f"{cfg.backbone} is for model: {other}; model: {cfg.model} has {', '.join(backbones)}")
+    if cfg.backbone not in backbones:
         fail(
             "backbone",
-            f"unknown backbone {quoted(cfg.backbone)}{suggest(cfg.backbone, BACKBONES)}; "
-            f"there are {', '.join(BACKBONES)}",
+            f"unknown backbone {quoted(cfg.backbone)}{suggest(cfg.backbone, backbones)}; "
+            f"there are {', '.join(backbones)}",
+        )
+    multiple = SIZE_MULTIPLES[cfg.model]
+    if cfg.crop_size % multiple:
+        below = cfg.crop_size // multiple * multiple
+        near = " and ".join(str(size) for size in (below, below + multiple) if size)
+        fail(
+            "crop_size",
+            f"{cfg.crop_size} is no multiple of {multiple}, which model: {cfg.model} needs; near are {near}",
         )
     if cfg.backbone == "xception" and cfg.replace_stride_with_dilation != (False, False, True):
         fail("replace_stride_with_dilation", "xception has output stride 16 only: [false, false, true]")
@@ -57,6 +70,34 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
         fail("palette", "colours are [red, green, blue] with values from 0 to 255")
 
 
+def has_teacher(cfg: Config, method: str) -> bool:
+    """Whether an EMA teacher gives the pseudo-labels."""
+    as_published = method == "unimatch_v2" or (method == "fixmatch" and cfg.model == "dpt")
+    return as_published if cfg.teacher is None else cfg.teacher == "ema"
+
+
+def for_method(cfg: Config, method: str) -> Config:
+    """The config with what `method` decides: CutMix's partner, and the least images in a supervised epoch.
+
+    Raises ConfigError where a key does not go with the method.
+    """
+    teacher = has_teacher(cfg, method)
+    if teacher and method in ("unimatch", "supervised"):
+        raise ConfigError(f"teacher: {method} has none: leave it out (unimatch_v2 and fixmatch have one)")
+    if method == "unimatch_v2" and not teacher:
+        raise ConfigError("teacher: unimatch_v2 learns from one: leave it out, or set it to ema")
+    if not teacher and cfg.evaluate in ("teacher", "both"):
+        raise ConfigError(f"evaluate: {cfg.evaluate}: this run has no teacher: leave it out")
+    partner = cfg.cutmix_partner or ("reversed_batch" if teacher else "same_image")
+    if teacher != (partner == "reversed_batch"):
+        needed = "with a teacher CutMix pastes from the reversed batch" if teacher else "it goes with a teacher only"
+        raise ConfigError(f"cutmix_partner: {partner}: {needed}: leave it out")
+    least = cfg.supervised_epoch
+    if least is None and cfg.model == "dpt" and cfg.dataset in CATALOG:
+        least = CATALOG[cfg.dataset].supervised_epoch
+    return replace(cfg, cutmix_partner=partner, supervised_epoch=least if method == "supervised" else None)
+
+
 def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabeled: int | None) -> None:
     """Refuse a batch that the data or BatchNorm cannot give. `unlabeled` is None for the supervised baseline."""
     per_step = cfg.batch_size * processes
@@ -66,6 +107,8 @@ def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabele
                 f"{count} {kind} image{'s' * (count != 1)} cannot fill one batch of {per_step} "
                 f"(batch_size {cfg.batch_size} x {processes} processes): lower batch_size or use fewer processes"
             )
+    if cfg.model == "dpt":  # has no BatchNorm
+        return
     # The smallest BatchNorm group is that of one training forward: [x; w] and [s1; s2] have two images per sample,
     # FixMatch's [s] and the supervised [x] have one.
     group = per_step * (2 if method == "unimatch" else 1)

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from dataset.catalog import CATALOG, voc_palette
-from model import BACKBONES
+from model import BACKBONES, DINOV2_BACKBONES
 from util.errors import ConfigError, quoted, suggest
 
 EvalMode = Literal["original", "sliding_window", "center_crop"]
@@ -41,7 +41,7 @@ def _key(
 
 def _setting(doc: str, default: Any = MISSING, **limits: float) -> Any:
     """A key that changes where, how fast or how finely rounded a run computes, but not what: a resumed run may have
-    another value. Keys for what happens at a fault are among them, so that a run that one stopped may go on.
+    another value. So may keys for what happens at a fault, and paths of lists, whose contents are compared instead.
     """
     return _key(doc, default, shapes=False, **limits)
 
@@ -53,7 +53,7 @@ class Config:
     # data
     dataset: str = _key("name of the data set; pascal, cityscapes and coco bring their classes, palette and eval_mode")
     data_root: str = _setting("folder that the paths in the list files are relative to")
-    val_id_path: str | None = _key(
+    val_id_path: str | None = _setting(
         "list of the validation images and labels; default for published data sets: splits/DATASET/val.txt", None
     )
     crop_size: int = _key(
@@ -67,14 +67,16 @@ class Config:
     label_map: dict[int, int] | None = _key(
         "class (or 255, ignored) of values in the label files, such as {0: 0, 255: 1}; other values stay", None
     )
-    unlabeled_id_path: str | None = _key(
+    unlabeled_id_path: str | None = _setting(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it; "
         "default for published data sets: all their training images",
         None,
     )
     eval_mode: EvalMode = _key("how a validation image is seen", "original")
-    cutmix_partner: Literal["same_image", "other_image"] = _key(
-        "what CutMix pastes: another view of the same image (as published) or of another image", "same_image"
+    cutmix_partner: Literal["same_image", "other_image", "reversed_batch"] | None = _key(
+        "what CutMix pastes: another view of the same image (as published) or of another image; with a teacher always "
+        "the reversed batch",
+        None,
     )
     # training
     epochs: int = _key("passes over the unlabelled images (supervised: over the labelled)", minimum=1)
@@ -83,14 +85,35 @@ class Config:
     lr_multi: float = _key("the other parameters learn at lr * lr_multi", 1.0, above=0)
     reference_batch: int = _key("labelled images per step, over all processes, that lr is meant for", 8, minimum=1)
     scale_lr: bool = _key("scale lr by (labelled images per step) / reference_batch", False)
+    optimizer: Literal["sgd", "adamw"] | None = _key("default: adamw on model: dpt, else sgd with momentum 0.9", None)
+    weight_decay: float | None = _key("of every parameter; default: 0.0001 with sgd, 0.01 with adamw", None, minimum=0)
+    betas: tuple[float, float] = _key("of adamw", (0.9, 0.999), minimum=0, maximum=0.999999)
     criterion: Criterion = _key("CELoss, or {name: OHEM, thresh: 0.7, min_kept: 200000}", Criterion())
     conf_thresh: float = _key("confidence from which a pseudo-label counts", 0.95, minimum=0, maximum=1)
     seed: int = _key(
         "seeds every draw: weights, order, geometry, colour, CutMix, dropout", 0, minimum=0, maximum=2**32 - 1
     )
+    teacher: Literal["none", "ema"] | None = _key(
+        "ema: pseudo-labels come from a moving average of the weights; default: for unimatch_v2, and for fixmatch on "
+        "model: dpt",
+        None,
+    )
+    teacher_decay: float = _key(
+        "the teacher keeps this much of itself in a step, once it has seen enough", 0.996, minimum=0, maximum=1
+    )
+    evaluate: Literal["teacher", "student", "both"] | None = _key(
+        "whose mIoU is measured; best.pth follows the first; default: the teacher's where there is one", None
+    )
+    supervised_epoch: int | None = _key(
+        "images in an epoch of the supervised baseline, at least: a shorter list is repeated; default: on model: dpt "
+        "as UniMatch V2 publishes it for the data set",
+        None,
+        minimum=1,
+    )
     # model
-    model: Literal["deeplabv3plus"] = _key("the network around the backbone", "deeplabv3plus")
-    backbone: str = _key(f"one of {', '.join(BACKBONES)}")
+    model: Literal["deeplabv3plus", "dpt"] = _key("the network; dpt goes with the DINOv2 backbones", "deeplabv3plus")
+    backbone: str = _key(f"one of {', '.join((*BACKBONES, *DINOV2_BACKBONES))}")
+    lock_backbone: bool = _key("keep the backbone's weights as they are: no gradient, no optimiser state", False)
     pretrained: bool | str = _key(
         "true: pretrained/BACKBONE.pth; false: from scratch; or the path of a weights file", True
     )

@@ -18,19 +18,23 @@ from torch.utils.data import DataLoader
 from dataset.cache import ImageCache, open_cache
 from dataset.check import check_samples
 from dataset.files import limit_image_pixels
-from dataset.lists import Sample, find_unlabeled, is_hidden, list_digest, read_list, shared_images
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
+from dataset.source import DataSource
 from model import build_model, check_pretrained
-from util.checkpoint import Found, find_checkpoint, replacing, set_aside, tidy
-from util.config import Config, check_batch, load_config, resolve_path, to_dict
+from util.checkpoint import set_aside, tidy, writing
+from util.config import Config, check_batch, for_method, has_teacher, load_config, resolve_path, to_dict
 from util.distributed.group import process_group
 from util.distributed.launch import Processes, choose_device, find_processes, local_process_count
 from util.errors import ConfigError
+from util.lists import Lists, describe_doubts, find_lists, identify
 from util.lock import locked
 from util.log import RunLog
 from util.precision import check_precision, describe_precision, set_precision
+from util.resume import Found, find_checkpoint
 from util.run_files import CONFIG_FILE, LOG_FILE
+from util.schedule import build_optimizer
+from util.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,7 @@ class Run:
     method: str
     cfg: Config
     lr: float
-    labeled: list[Sample]
-    unlabeled: list[Sample] | None
-    val: list[Sample]
+    lists: Lists
     save_path: Path
     checkpoint: Path | None
     processes: Processes
@@ -53,49 +55,64 @@ class Run:
     @property
     def identity(self) -> dict[str, str]:
         """What shapes training besides the config; a checkpoint carries it."""
-        return _identity(self.method, self.labeled, self.unlabeled)
+        return identify(self.method, self.lists)
+
+    @property
+    def images_per_step(self) -> int:
+        """Labelled and unlabelled images of one step, over all processes."""
+        return self.cfg.batch_size * self.processes.count * (1 if self.lists.unlabeled is None else 2)
 
     def build_model(self) -> nn.Module:
         """The model, with ImageNet weights if the config says so and no checkpoint is going to replace them."""
         model = build_model(self.cfg, pretrained=self.checkpoint is None)
         return set_precision(model.to(self.device), self.cfg)
 
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser that the config names, for the model as `build_model` gave it or inside DDP."""
+        cfg = self.cfg
+        kind = cfg.optimizer or ("adamw" if cfg.model == "dpt" else "sgd")
+        return build_optimizer(model, self.lr, cfg.lr_multi, kind, cfg.weight_decay, cfg.betas)
+
+    def build_teacher(self, model: nn.Module) -> Teacher | None:
+        """The student's EMA teacher, if the method and the config want one."""
+        return Teacher(model, self.cfg.teacher_decay) if has_teacher(self.cfg, self.method) else None
+
     def train_loader(self, strong_views: int = 2) -> DataLoader:
         """Batches for this process; `strong_views` per unlabelled view (1 or 2)."""
         cfg = self.cfg
         dataset = TrainDataset(
-            self.labeled,
-            self.unlabeled,
-            resolve_path(cfg.data_root),
+            self.lists.labeled,
+            self.lists.unlabeled,
+            self._source(),
             cfg.crop_size,
             cfg.seed,
             strong_views,
-            cfg.label_map,
-            self.cache,
             cfg.photometry,
         )
         sampler = EpochSampler(
-            len(self.labeled),
-            None if self.unlabeled is None else len(self.unlabeled),
+            len(self.lists.labeled),
+            None if self.lists.unlabeled is None else len(self.lists.unlabeled),
             cfg.batch_size,
             cfg.seed,
             self.processes.rank,
             self.processes.count,
             cfg.cutmix_partner,
+            cfg.supervised_epoch,
         )
         return train_loader(dataset, sampler, loader_options(cfg, self.device), cfg.on_bad_image == "skip")
 
     def val_loader(self) -> DataLoader:
         """This process's share of the validation images."""
         return val_loader(
-            self.val,
-            resolve_path(self.cfg.data_root),
+            self.lists.val,
+            self._source(),
             loader_options(self.cfg, self.device),
             self.processes.rank,
             self.processes.count,
-            self.cfg.label_map,
-            self.cache,
         )
+
+    def _source(self) -> DataSource:
+        return DataSource(resolve_path(self.cfg.data_root), self.cfg.label_map, self.cache)
 
 
 def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
@@ -109,47 +126,43 @@ def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
 def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
     """Check everything, join the other processes, open the log, seed torch.
 
-    Raises ConfigError, DataError or CheckpointError, each one line for the user.
+    Raises ConfigError, DataError, SavePathError or CheckpointError, each one line for the user.
     """
-    cfg = load_config(args.config, args.overrides)
+    cfg, notes = for_method(load_config(args.config, args.overrides), method), []
     limit_image_pixels(cfg.max_image_pixels)
-    notes = []
     processes = find_processes(args.port)
     if getattr(args, "double_batch", False):
         cfg, note = _double_batch(cfg, args.overrides, processes.count)
         notes.append(note)
     device = choose_device(cfg.device, processes)
     check_precision(cfg, device)
-    labeled, unlabeled, val = _find_lists(method, cfg, args)
-    check_batch(cfg, method, processes.count, len(labeled), None if unlabeled is None else len(unlabeled))
+    lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)
+    unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
+    check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
     save_path, found = Path(args.save_path), Found(None)
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))
         if args.resume == "auto":
-            found = find_checkpoint(save_path, cfg, _identity(method, labeled, unlabeled), processes.count)
+            found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count)
             notes += found.notes
         if processes.is_main:
             if found.path is None:
                 check_pretrained(cfg)
             if cfg.check_data:
-                for samples in (labeled, unlabeled or [], val):
-                    check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, label_map=cfg.label_map)
-                notes += _list_notes(labeled, unlabeled or [], val, resolve_path(cfg.data_root))
+                notes += _check_data(cfg, lists)
             if args.resume == "never" and (aside := set_aside(save_path)):
                 notes.append(f"earlier results were moved to {aside}")
             tidy(save_path, found.damaged)
-        cache_dir = Path(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch").expanduser()
-        cache = stack.enter_context(open_cache(cfg.cache, cfg.cache_gb, cache_dir, str(save_path.resolve())))
+        cache = stack.enter_context(_open_cache(cfg, save_path))
         log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step))
         stack.enter_context(process_group(processes, device, cfg.dist_timeout, log.stopped))
-        lr = _scaled_lr(cfg, processes.count)
         if processes.is_main:
-            text = yaml.safe_dump(to_dict(cfg), sort_keys=False)
-            with replacing(save_path / CONFIG_FILE) as file:
-                file.write(text.encode())
-        run = Run(method, cfg, lr, labeled, unlabeled, val, save_path, found.path, processes, device, log, cache)
+            with writing(save_path / CONFIG_FILE) as temporary:
+                temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
+        lr = cfg.lr * cfg.batch_size * processes.count / cfg.reference_batch if cfg.scale_lr else cfg.lr
+        run = Run(method, cfg, lr, lists, save_path, found.path, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)
         torch.manual_seed(cfg.seed)
@@ -168,52 +181,17 @@ def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tupl
     return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
 
 
-def _find_lists(
-    method: str, cfg: Config, args: argparse.Namespace
-) -> tuple[list[Sample], list[Sample] | None, list[Sample]]:
+def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
+    """Check every listed file. Raises DataError; returns warnings for the log."""
     data_root = resolve_path(cfg.data_root)
-    inside = None if cfg.allow_outside_root else data_root
-    labeled = read_list(resolve_path(args.labeled_id_path), inside=inside)
-    val = read_list(resolve_path(cfg.val_id_path), inside=inside)
-    if method == "supervised":
-        return labeled, None, val
-    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled)
-    if unlabeled is None:
-        raise ConfigError("no unlabelled images: give --unlabeled-id-path, or unlabeled_id_path in the config")
-    return labeled, unlabeled, val
+    for samples in (lists.labeled, lists.unlabeled or [], lists.val):
+        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map)
+    return describe_doubts(lists, data_root)
 
 
-def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> list[Sample] | None:
-    """The unlabelled images of a run, from `given` on the command line or else the config; None if neither names any.
-
-    Raises DataError.
-    """
-    source = given or cfg.unlabeled_id_path
-    if source is None:
-        return None
-    listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
-    source = listed if listed.is_file() else source
-    return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
-
-
-def _list_notes(labeled: list[Sample], unlabeled: list[Sample], val: list[Sample], data_root: Path) -> Iterator[str]:
-    for name, samples in (("labelled", labeled), ("unlabelled", unlabeled)):
-        if shared := shared_images(val, samples, data_root):
-            yield (
-                f"warning: {len(shared)} of {len(val)} validation images are also among the {name} ones, such as "
-                f"{shared[0]}: mIoU will say little about new images"
-            )
-    for name, samples in (("labelled", labeled), ("unlabelled", unlabeled), ("validation", val)):
-        if hidden := [sample.image for sample in samples if is_hidden(sample.image)]:
-            yield (
-                f"warning: {len(hidden)} of {len(samples)} {name} images are hidden or in a hidden folder, such as "
-                f"{hidden[0]}: copies that a program keeps for itself are rarely meant"
-            )
-
-
-def _identity(method: str, labeled: list[Sample], unlabeled: list[Sample] | None) -> dict[str, str]:
-    lists = {"labelled list": labeled, "unlabelled list": unlabeled or []}
-    return {"method": method, **{name: f"{len(x)} images, {list_digest(x)}" for name, x in lists.items()}}
+def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
+    folder = Path(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch").expanduser()
+    return open_cache(cfg.cache, cfg.cache_gb, folder, str(save_path.resolve()))
 
 
 def _check_writable(save_path: Path) -> None:
@@ -230,14 +208,10 @@ def _check_writable(save_path: Path) -> None:
         ) from None
 
 
-def _scaled_lr(cfg: Config, processes: int) -> float:
-    return cfg.lr * cfg.batch_size * processes / cfg.reference_batch if cfg.scale_lr else cfg.lr
-
-
 def _describe(run: Run) -> list[str]:
     cfg, count = run.cfg, run.processes.count
     per_step = cfg.batch_size * count
-    unlabeled = "" if run.unlabeled is None else f" + {per_step} unlabelled"
+    unlabeled = "" if run.lists.unlabeled is None else f" + {per_step} unlabelled"
     linear = cfg.lr * per_step / cfg.reference_batch
     if cfg.scale_lr:
         rule = f"scaled by the linear rule from {cfg.lr:g}"
@@ -248,8 +222,8 @@ def _describe(run: Run) -> list[str]:
     group = per_step * (2 if run.method == "unimatch" else 1)
     few = [f"warning: BatchNorm normalises over {group} images only (batch_size {cfg.batch_size} x {count}): its "
            "statistics will be noisy; raise batch_size or the processes"] if group <= 2 else []  # fmt: skip
-    images = f"{len(run.labeled)} labelled, {len(run.val)} validation"
-    images += f", {len(run.unlabeled)} unlabelled" if run.unlabeled is not None else ""
+    images = f"{len(run.lists.labeled)} labelled, {len(run.lists.val)} validation"
+    images += f", {len(run.lists.unlabeled)} unlabelled" if run.lists.unlabeled is not None else ""
     return [
         f"{run.method} on {cfg.dataset} ({images} images, {cfg.nclass} classes), saved in {run.save_path}",
         f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dataset.files import IGNORE_INDEX
-from dataset.semi import UnlabeledViews
+from dataset.semi import Partner
 from util.losses import pixel_cross_entropy, slices, upcast
 
 
@@ -22,20 +22,21 @@ def pseudo_label(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def predict_pseudo_label(model: nn.Module, views: UnlabeledViews) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pseudo-label (B, H, W) and confidence of the weak views by the model in eval mode, in which it is left.
+def predict_pseudo_label(model: nn.Module, partner: Partner) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pseudo-label (B, H, W) and confidence of the partner's weak views by the model in eval mode, in which it is left.
 
-    Where `views.used` names some of the samples, the model sees these only (samples do not mix in eval mode), and the
+    Where only some of the samples are `used`, the model sees these only (samples do not mix in eval mode), and the
     others' values are 0.
     """
     model.eval()
-    if views.used is None:
-        return pseudo_label(model(views.weak))
-    label = torch.zeros_like(views.ignore_mask, dtype=torch.int64)
-    conf = torch.zeros_like(views.ignore_mask, dtype=views.weak.dtype)
-    if len(views.weak):
-        own_label, own_conf = pseudo_label(model(views.weak))
-        label, conf = label.index_copy(0, views.used, own_label), conf.index_copy(0, views.used, own_conf)
+    used = getattr(partner, "used", None)  # UnlabeledViews have none: they are whole
+    if used is None:
+        return pseudo_label(model(partner.weak))
+    label = torch.zeros_like(partner.ignore_mask, dtype=torch.int64)
+    conf = torch.zeros_like(partner.ignore_mask, dtype=partner.weak.dtype)
+    if len(partner.weak):
+        own_label, own_conf = pseudo_label(model(partner.weak))
+        label, conf = label.index_copy(0, used, own_label), conf.index_copy(0, used, own_conf)
     return label, conf
 
 

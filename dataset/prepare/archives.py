@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dataset.atomic import replacing
 from dataset.errors import DataError
 
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz")
@@ -131,23 +132,11 @@ def _damaged(source: Path, error: Exception) -> DataError:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, to be written; it becomes `path` when all went well, and is gone otherwise.
 
-    After a kill at most a hidden file is left, see `remove_leftovers`. Raises DataError if it cannot be written.
+    A killed process leaves a hidden file, see dataset.atomic.remove_leftovers. Raises DataError if the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `new_file` that a killed process left in `folder`."""
-    if folder.is_dir():
-        for path in folder.glob(".*.tmp"):
-            if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-                path.unlink(missing_ok=True)

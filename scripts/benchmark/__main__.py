@@ -44,7 +44,8 @@ from dataset.files import read_image, read_label
 from dataset.lists import Sample
 from dataset.loader import LoaderOptions, train_loader, val_loader
 from dataset.packing import collate, to_device
-from dataset.semi import EpochSampler, Key, TrainDataset, UnlabeledViews
+from dataset.semi import EpochSampler, Key, Partner, TrainDataset, UnlabeledViews
+from dataset.source import DataSource
 from dataset.transform import IMAGENET_MEAN, IMAGENET_STD, box_mask, draw_cutmix_box
 from model import build_model
 from scripts.benchmark import naive as plain
@@ -56,7 +57,7 @@ from util.losses import CrossEntropy, OhemCrossEntropy
 from util.metrics import confusion_matrix
 from util.precision import evaluation_copy, set_precision
 from util.schedule import build_optimizer
-from util.semi import consistency_loss, cutmix, pseudo_label
+from util.semi import consistency_loss, pseudo_label
 
 # The method is what is measured, not a part of this script: hence by name.
 unimatch_step = importlib.import_module("unimatch").unimatch_step
@@ -255,7 +256,7 @@ def measure_step(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator[Row
         ("bf16 + channels_last", {"amp": "bf16"}),
     ):
         fast_step = _stepper(_model(**options), naive=False)
-        steps = (_through(batches, slow_step), _through(batches, fast_step))
+        steps = (_through(batches, slow_step), _through([_only_used(batch) for batch in batches], fast_step))
         times = _alternate(*steps, rounds)
         equality = exact if "amp" not in options else "16-bit forward passes, by choice"
         yield Row(f"UniMatch step, {BACKBONE}, crop {CROP}, {title}", *times, "s", equality)
@@ -269,7 +270,7 @@ def measure_evaluate(root: Path, kinds: Sequence[Kind], rounds: int) -> Iterator
     """Evaluation of four images of the first kind."""
     kind = kinds[0]
     device, samples = torch.device("cpu"), list(kind.samples[:4])
-    loader = list(val_loader(samples, root, LoaderOptions()))
+    loader = list(val_loader(samples, DataSource(root), LoaderOptions()))
     model = _plain_model()
     with torch.no_grad():  # statistics that fit, so that predictions vary
         model.train()(_images(0, 4, CROP))
@@ -365,7 +366,7 @@ def _stepper(model: torch.nn.Module, naive: bool) -> Callable[[Any], None]:
         if naive:
             plain.unimatch_step(model, batch, plain.cross_entropy, 0.95)
         else:
-            unimatch_step(model, _only_used(batch), CrossEntropy(), 0.95, torch.Tensor.backward)
+            unimatch_step(model, batch, CrossEntropy(), 0.95, torch.Tensor.backward)
         optimizer.step()
 
     return step
@@ -378,10 +379,10 @@ def _through(batches: Sequence[Any], step: Callable[[Any], None]) -> Callable[[]
 
 
 def _only_used(batch: Any) -> Any:
-    """The batch as the loader gives it: the partners' weak views only where there is a box."""
+    """The batch as the loader gives it: strong views mixed, the partners' weak views only where there is a box."""
     labeled, u, u_mix = batch
     used = (u.box1 | u.box2).flatten(1).any(1).nonzero()[:, 0]
-    return labeled, u, u_mix._replace(weak=u_mix.weak[used], used=used)
+    return labeled, plain.paste_partner(u, u_mix), Partner(u_mix.weak[used], u_mix.ignore_mask, used)
 
 
 def _gradient_difference() -> str:
@@ -420,6 +421,7 @@ def peak_memory(way: str, backbone: str, crop: int, threads: int) -> float:
     """Peak resident memory in GB of the second step of `way` above that of the loaded model with its momentum."""
     torch.set_num_threads(threads)
     options, batch = MEMORY_WAYS[way], _step_batch(1, crop)
+    batch = batch if options is None else _only_used(batch)
     model = _plain_model(backbone=backbone) if options is None else _model(backbone=backbone, **options)
     step = _stepper(model, naive=options is None)
     step(batch)  # the momentum buffers, and what libraries keep from their first call
@@ -480,8 +482,8 @@ def _datasets(
     root: Path, kind: Kind, strong_views: int = 2, cache: ImageCache | None = None
 ) -> tuple[plain_data.NaiveDataset, TrainDataset]:
     unlabeled = [sample._replace(label=None) for sample in kind.samples]
-    arguments = kind.samples, unlabeled, root, kind.crop, 0
-    return plain_data.NaiveDataset(*arguments), TrainDataset(*arguments, strong_views, cache=cache)
+    naive = plain_data.NaiveDataset(kind.samples, unlabeled, DataSource(root), kind.crop, 0)
+    return naive, TrainDataset(kind.samples, unlabeled, DataSource(root, cache=cache), kind.crop, 0, strong_views)
 
 
 # Comparing
@@ -506,7 +508,7 @@ def _compare_pairs(slow: TrainDataset, fast: TrainDataset, keys: Sequence[Key]) 
         _, slow_u, slow_mix = plain_data.collate_naive([slow[key]])
         off.append((_levels(u.weak[0]) != _levels(slow_u.weak[0])).any(-1).double().mean().item())
         masks &= torch.equal(u.ignore_mask.long(), slow_u.ignore_mask) and torch.equal(u.box1.long(), slow_u.box1)
-        mixed = cutmix(slow_u.strong1, slow_mix.strong1, slow_u.box1)
+        mixed = plain.paste_partner(slow_u, slow_mix).strong1
         mean.append((_levels(u.strong1[0]) - _levels(mixed[0])).abs().double().mean().item())
     return (
         f"masks {_equal(masks)}, {100 * statistics.mean(off):.2f}% of weak pixels off, strong views by "

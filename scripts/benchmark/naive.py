@@ -76,17 +76,19 @@ def unimatch_step(
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     conf_thresh: float,
 ) -> torch.Tensor:
-    """UniMatch's step with both forwards before one backward of the whole loss -> the loss, detached."""
+    """UniMatch's step with both forwards before one backward of the whole loss -> the loss, detached.
+
+    The strong views of `batch` are not mixed, and the partner has strong views too, as NaiveDataset gives them.
+    """
     (image_x, label_x), u, u_mix = batch
+    u = paste_partner(u, u_mix)
     model.eval()
     with torch.no_grad():
         label_mix, conf_mix = pseudo_label(model(u_mix.weak))
     model.train()
     logits, logits_fp = model(torch.cat([image_x, u.weak]), need_fp=True)
     logits_x, logits_w = logits.split([len(image_x), len(u.weak)])
-    logits_s1, logits_s2 = model(
-        torch.cat([_paste(u.strong1, u_mix.strong1, u.box1), _paste(u.strong2, u_mix.strong2, u.box2)])
-    ).chunk(2)
+    logits_s1, logits_s2 = model(torch.cat([u.strong1, u.strong2])).chunk(2)
     label_w, conf_w = pseudo_label(logits_w)
 
     def strong_loss(logits_s: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
@@ -99,6 +101,15 @@ def unimatch_step(
     loss = (loss_x + loss_s + 0.5 * loss_fp) / 2
     loss.backward()
     return loss.detach()
+
+
+def paste_partner(u: UnlabeledViews, u_mix: UnlabeledViews) -> UnlabeledViews:
+    """CutMix of images: `u` with the partner's strong views inside its boxes, where it has such views."""
+    strong = [
+        None if own is None else _paste(own, partner, box)
+        for own, partner, box in ((u.strong1, u_mix.strong1, u.box1), (u.strong2, u_mix.strong2, u.box2))
+    ]
+    return u._replace(strong1=strong[0], strong2=strong[1])
 
 
 def _paste(own: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ method uses it or not; samples are normalised floats with maps of masks and boxe
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,27 +31,33 @@ from dataset.transform import (
 
 
 class NaiveDataset(TrainDataset):
-    """TrainDataset, whose arguments and draws it has; an item is what `to_device` makes of a batch, for one sample."""
+    """TrainDataset, whose arguments and draws it has; an item is `((image, label), views, partner's views)`.
+
+    The strong views of both are not mixed yet. Without a partner in the key the last is missing, and without unlabelled
+    images there is the labelled sample alone.
+    """
 
     def __getitem__(self, key: Key) -> Any:
         labeled = self._labeled(key)
-        return labeled if self.unlabeled is None else (labeled, *self.pair(key))
+        if self.unlabeled is None:
+            return labeled
+        return (labeled, self._views(key, 0)) if key.partner < 0 else (labeled, *self.pair(key))
 
     def pair(self, key: Key) -> tuple[UnlabeledViews, UnlabeledViews]:
-        """The views of the unlabelled image and of its CutMix partner."""
+        """The views of the unlabelled image and of its CutMix partner, whose pixels are not pasted."""
         return self._views(key, 0), self._views(key, 1)
 
     def _labeled(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.labeled[key.labeled % len(self.labeled)]
-        image = read_image(self.data_root / sample.image)
-        label = map_label(read_label(self.data_root / sample.label), self.label_map)
+        image = read_image(Path(self.source.root, sample.image))
+        label = map_label(read_label(Path(self.source.root, sample.label)), self.source.label_map)
         geometry = draw_geometry(*image.size, self.crop_size, stream(self.seed, VIEW_X, key.epoch, key.labeled))
         image = resize_whole(image, geometry, self.crop_size, 0, Image.Resampling.BILINEAR)
         label = resize_whole(label, geometry, self.crop_size, IGNORE_INDEX, Image.Resampling.NEAREST)
         return to_float(image), torch.from_numpy(np.array(label)).long()
 
     def _views(self, key: Key, view: int) -> UnlabeledViews:
-        image = read_image(self.data_root / self.unlabeled[(key.unlabeled, key.partner)[view]].image)
+        image = read_image(Path(self.source.root, self.unlabeled[(key.unlabeled, key.partner)[view]].image))
         rng, size = stream(self.seed, VIEW_U, key.epoch, key.unlabeled, view), self.crop_size
         geometry = draw_geometry(*image.size, size, rng)
         weak = resize_whole(image, geometry, size, 0, Image.Resampling.BILINEAR)
@@ -67,7 +74,7 @@ def collate_naive(samples: list[Any]) -> Any:
     if isinstance(samples[0][1], torch.Tensor):
         return default_collate(samples)
     labeled, *views = zip(*samples, strict=True)
-    stacked = [UnlabeledViews(*map(torch.stack, zip(*(v[:6] for v in view), strict=True))) for view in views]
+    stacked = [UnlabeledViews(*map(torch.stack, zip(*view, strict=True))) for view in views]
     return default_collate(labeled), *stacked
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataset import DataError
-from dataset.loader import ReplacingLoader
+from dataset.replacement import ReplacingLoader
 from util.distributed.collectives import gather_objects
 from util.log import RunLog
 

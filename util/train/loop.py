@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from util.run import Run
 from util.run_files import BEST
 from util.schedule import set_poly_lr
 from util.signals import StopSignals
+from util.teacher import Teacher
 from util.train.bad_images import BadImages
 from util.train.clock import Clock
 from util.train.optimizer_step import OptimizerStep, TrainStep
@@ -40,28 +42,31 @@ def fit(
     loader: DataLoader,
     val_loader: DataLoader,
     train_step: TrainStep,
+    teacher: Teacher | None = None,
 ) -> None:
-    """Train to the last epoch, from the run's checkpoint if it has one.
+    """Train to the last epoch, from the run's checkpoint if it has one. The `teacher` is updated after each step.
 
     Evaluates after each `eval_interval`-th epoch and the last one. Saves after each epoch, and within it as Saver does.
     """
     cfg, log, signals = run.cfg, run.log, StopSignals()
-    trainer = Trainer(run, OptimizerStep(run, model, optimizer, train_step), loader, signals)
+    trainer = Trainer(run, OptimizerStep(run, model, optimizer, train_step, teacher), loader, signals)
     progress, saver = trainer.progress, trainer.saver
     with signals:
         while progress.epoch < cfg.epochs:
             trainer.train_epoch()
             check_finite(model, f"the last iteration of epoch {progress.epoch + 1}")
-            result, started = None, time.perf_counter()
+            results, started = {}, time.perf_counter()
             if (progress.epoch + 1) % cfg.eval_interval == 0 or progress.epoch + 1 == cfg.epochs:
-                images = signals.cut(val_loader)
-                result = evaluate(
-                    evaluation_copy(unwrap(model)), images, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
-                )
-                saver.stop_if_asked()  # a signal cut the evaluation short, so its result is not one
-            improved = progress.finish_epoch(result.miou if result is not None else None)
-            if result is not None:
-                _log_evaluation(run, progress, result, time.perf_counter() - started)
+                for name, network in _evaluated(cfg.evaluate, model, teacher):
+                    images = signals.cut(val_loader)
+                    results[name] = evaluate(
+                        evaluation_copy(network), images, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
+                    )
+                    saver.stop_if_asked()  # a signal cut the evaluation short, so its result is not one
+            first = next(iter(results.values()), None)  # best.pth follows it
+            improved = progress.finish_epoch(first.miou if first is not None else None)
+            if results:
+                _log_evaluation(run, progress, results, time.perf_counter() - started)
             saver.save_epoch(improved)
     log.info(
         f"finished: mIoU {progress.last_miou:.2f} at the last epoch, best {progress.previous_best:.2f} at epoch "
@@ -116,8 +121,7 @@ class Trainer:
         self._step.report(progress.iteration)
         if self._bad_images:
             self._bad_images.report()
-        images = run.cfg.batch_size * run.processes.count * (1 if run.unlabeled is None else 2)
-        speed = self._clock.lap(progress.iteration, images)
+        speed = self._clock.lap(progress.iteration, run.images_per_step)
         lr = self._step.optimizer.param_groups[0]["lr"]
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         bar.set_postfix_str(f"{values}  {speed}")
@@ -135,15 +139,29 @@ def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, STEP_STREAM, epoch, index, rank]).generate_state(1, np.uint64)[0])
 
 
-def _log_evaluation(run: Run, progress: Progress, result: Result, seconds: float) -> None:
+def _evaluated(whose: str | None, model: nn.Module, teacher: Teacher | None) -> Iterator[tuple[str, nn.Module]]:
+    """The networks to evaluate, by name, in order: `whose` is teacher, student, both, or None for the default."""
+    if teacher and whose != "student":
+        yield "teacher", teacher.model
+    if not teacher or whose in ("student", "both"):
+        yield "student", unwrap(model)
+
+
+def _log_evaluation(run: Run, progress: Progress, results: dict[str, Result], seconds: float) -> None:
     cfg, log = run.cfg, run.log
     memory = peak_memory_gb(run.device)
-    log.info(
-        f"epoch {progress.epoch}/{cfg.epochs}: IoU in percent ({cfg.eval_mode}, {len(run.val)} images, {seconds:.1f} s)"
-        f"\n{iou_table(result.iou, cfg.classes)}\n"
-        f"  best {progress.previous_best:.2f} at epoch {progress.best_epoch}; peak memory {memory:.2f} GB"
-    )
     last = progress.iteration - 1  # counted from 0, as the steps' curves: a resumed run hides what comes after it
-    log.scalars({"eval/mIoU": result.miou, "eval/memory_gb": memory}, last)
-    per_class = zip(cfg.classes, result.iou.tolist(), strict=True)
-    log.scalars({f"eval/{name}_IoU": value for name, value in per_class if not math.isnan(value)}, last)
+    for number, (name, result) in enumerate(results.items()):
+        whose = "" if list(results) == ["student"] else f"{name}'s "
+        text = (
+            f"epoch {progress.epoch}/{cfg.epochs}: {whose}IoU in percent "
+            f"({cfg.eval_mode}, {len(run.lists.val)} images, {seconds:.1f} s)\n{iou_table(result.iou, cfg.classes)}"
+        )
+        if number == 0:
+            text += f"\n  best {progress.previous_best:.2f} at epoch {progress.best_epoch}; peak memory {memory:.2f} GB"
+        log.info(text)
+        prefix = "eval" if number == 0 else f"eval_{name}"
+        log.scalars({f"{prefix}/mIoU": result.miou}, last)
+        per_class = zip(cfg.classes, result.iou.tolist(), strict=True)
+        log.scalars({f"{prefix}/{label}_IoU": value for label, value in per_class if not math.isnan(value)}, last)
+    log.scalars({"eval/memory_gb": memory}, last)

@@ -13,7 +13,7 @@ from util.log import RunLog
 
 
 class NonFiniteGuard:
-    """Undoes steps with a loss, gradient, weight or buffer that is not finite. The host never waits for the device.
+    """Undoes steps that leave anything not finite: loss, gradient, weight, buffer, momentum. The host does not wait.
 
     Call `keep` before a step's forward and `undo` after the optimiser's step. Weights, buffers (a broken forward spoils
     BatchNorm's statistics too) and the optimiser's state are then as they were before the step, on all processes. This
@@ -56,7 +56,9 @@ class NonFiniteGuard:
         Returns whether it did, a 0-dim bool on the device.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None] if self._check_gradients else []
-        checked = [tensor for tensor in (*metrics, *gradients, *self._tensors) if tensor.is_floating_point()]
+        # AdamW's squares overflow before its weights do.
+        checked = [*metrics, *gradients, *self._tensors, *(tensor for _, tensor in self._state())]
+        checked = [tensor for tensor in checked if tensor.is_floating_point()]
         finite = torch.stack([tensor.isfinite().all() for tensor in checked]).all()
         undone = all_reduce_sum((~finite).float()) > 0
         for kept, tensor in zip(self._kept, self._tensors, strict=True):

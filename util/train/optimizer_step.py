@@ -14,6 +14,7 @@ from util.checkpoint import load_optimizer
 from util.distributed.ddp import unwrap
 from util.precision import build_scaler
 from util.run import Run
+from util.teacher import Teacher
 from util.train.nonfinite import NonFiniteGuard
 
 # A method's step gets a batch on the device and the function that back-propagates a part of the loss. It returns its
@@ -27,7 +28,15 @@ class OptimizerStep:
     `run` never waits for the device.
     """
 
-    def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_step: TrainStep) -> None:
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_step: TrainStep,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.teacher = teacher
         self.model, self.optimizer, self._train_step, self._log = model, optimizer, train_step, run.log
         self._scaler = build_scaler(run.cfg, run.device)
         self._left_out: list[torch.Tensor] = []  # one flag per step since the last report
@@ -46,7 +55,10 @@ class OptimizerStep:
         metrics = self._train_step(batch, self._backward)
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        return metrics, self._guard.undo(metrics.values()) if self._guard else None
+        undone = self._guard.undo(metrics.values()) if self._guard else None
+        if self.teacher:
+            self.teacher.update(self.model, self._did_not_count(undone))
+        return metrics, undone
 
     def report(self, iteration: int) -> None:
         """Log what was left out or undone up to `iteration` (from 1). Raises TrainingStopped beyond nonfinite_limit."""
@@ -62,7 +74,8 @@ class OptimizerStep:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         scaler = {"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}
-        return {"model": unwrap(self.model).state_dict(), "optimizer": self.optimizer.state_dict(), **scaler}
+        teacher = self.teacher.state_dict() if self.teacher else {}
+        return {"model": unwrap(self.model).state_dict(), "optimizer": self.optimizer.state_dict(), **scaler, **teacher}
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Take up what `state` holds. Raises WeightsError or CheckpointError, which name the file `path`."""
@@ -70,6 +83,8 @@ class OptimizerStep:
         load_optimizer(self.optimizer, state["optimizer"], path)
         if "scaler" in state:
             self._scaler.load_state_dict(state["scaler"])
+        if self.teacher:
+            self.teacher.load_state_dict(state, path)
 
     def unreported(self) -> dict[str, int]:
         """What `report` has not counted yet, for a mid-epoch checkpoint."""
@@ -82,6 +97,13 @@ class OptimizerStep:
 
     def _backward(self, part: torch.Tensor) -> None:
         self._scaler.scale(part).backward()
+
+    def _did_not_count(self, undone: torch.Tensor | None) -> torch.Tensor | None:
+        """Whether the guard undid the step or the scaler left it out, a 0-dim bool on the device; None: neither can."""
+        if not self._left_out:
+            return undone
+        left_out = self._left_out[-1].bool().squeeze()
+        return left_out if undone is None else left_out | undone
 
     def _note_left_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # The scaler tells an optimiser that knows of it, as the fused one does, whether to leave this step out.

@@ -1,0 +1,73 @@
+"""The lists of a run: which images it learns from and is evaluated on, and what identifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.lists import Sample, find_unlabeled, is_hidden, list_digest, read_list, shared_images
+from util.config import Config, resolve_path
+from util.errors import ConfigError
+
+
+class Lists(NamedTuple):
+    """Labelled, unlabelled (None: the method uses none) and validation images."""
+
+    labeled: list[Sample]
+    unlabeled: list[Sample] | None
+    val: list[Sample]
+
+
+def find_lists(method: str, cfg: Config, labeled_path: str, unlabeled_path: str | None) -> Lists:
+    """Read the lists that the command line and the config name. Raises ConfigError or DataError."""
+    data_root = resolve_path(cfg.data_root)
+    inside = None if cfg.allow_outside_root else data_root
+    labeled = read_list(resolve_path(labeled_path), inside=inside)
+    val = read_list(resolve_path(cfg.val_id_path), inside=inside)
+    if method == "supervised":
+        return Lists(labeled, None, val)
+    unlabeled = list_unlabeled(cfg, unlabeled_path, labeled)
+    if unlabeled is None:
+        raise ConfigError("no unlabelled images: give --unlabeled-id-path, or unlabeled_id_path in the config")
+    return Lists(labeled, unlabeled, val)
+
+
+def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> list[Sample] | None:
+    """The unlabelled images, from `given` on the command line or else the config; None if neither names any.
+
+    Raises DataError.
+    """
+    source = given or cfg.unlabeled_id_path
+    if source is None:
+        return None
+    listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
+    source = listed if listed.is_file() else source
+    return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
+
+
+def identify(method: str, lists: Lists) -> dict[str, str]:
+    """What shapes training besides the config: the method and the lists' contents. A checkpoint carries it."""
+    named = {
+        "labelled list": lists.labeled,
+        "unlabelled list": lists.unlabeled or [],
+        "validation list": lists.val,
+    }
+    return {"method": method, **{name: f"{len(x)} images, {list_digest(x)}" for name, x in named.items()}}
+
+
+def describe_doubts(lists: Lists, data_root: Path) -> Iterator[str]:
+    """A warning for each thing about the lists that is rarely meant."""
+    named = {"labelled": lists.labeled, "unlabelled": lists.unlabeled or [], "validation": lists.val}
+    for name in ("labelled", "unlabelled"):
+        if shared := shared_images(lists.val, named[name], data_root):
+            yield (
+                f"warning: {len(shared)} of {len(lists.val)} validation images are also among the {name} ones, such as "
+                f"{shared[0]}: mIoU will say little about new images"
+            )
+    for name, samples in named.items():
+        if hidden := [sample.image for sample in samples if is_hidden(sample.image)]:
+            yield (
+                f"warning: {len(hidden)} of {len(samples)} {name} images are hidden or in a hidden folder, such as "
+                f"{hidden[0]}: copies that a program keeps for itself are rarely meant"
+            )

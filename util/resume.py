@@ -1,0 +1,128 @@
+"""Choosing the checkpoint that a run continues from: the newest whole one, trained with the same settings.
+
+The parts of a checkpoint file carry checksums (CRC-32). torch.load does not look at them, so they are verified here.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model import read_checkpoint
+from util.checkpoint import CHOICES, aside_name
+from util.config import Config, differing_keys
+from util.errors import CheckpointError
+from util.run_files import BEST, EPOCHS, LATEST, MID_EPOCH, PREVIOUS
+
+NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
+NUMBER = (int, float)
+KINDS = {"model": dict, "optimizer": dict, "epoch": int, "iteration": int, "previous_best": NUMBER, "config": dict}
+KINDS |= {"run": dict, "best_epoch": int, "last_miou": NUMBER}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to continue from: its file, the first TensorBoard step after it, and what the log should say."""
+
+    path: Path | None
+    first_step: int = 0
+    notes: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+
+
+def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], processes: int = 1) -> Found:
+    """What to continue from: the newest checkpoint that is whole; its path is None for a fresh run.
+
+    `run` says what shapes training besides the config: method and lists. A checkpoint within an epoch serves only the
+    number of `processes` that wrote it. Raises CheckpointError where the settings differ, and where `latest.pth` is
+    damaged and nothing is left to fall back to. Nothing is changed here.
+    """
+    damaged: list[Path] = []
+    notes: list[str] = []
+    earlier = sorted(save_path.glob(EPOCHS), reverse=True)
+    whole: dict[Path, dict[str, Any]] = {}
+    for path in (save_path / LATEST, save_path / PREVIOUS, *earlier, save_path / BEST):
+        if state := _read_whole(path, damaged):
+            whole[path] = state
+            break
+    mid_epoch = save_path / MID_EPOCH
+    state = _read_whole(mid_epoch, damaged)
+    if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
+        _check_settings(mid_epoch, state, cfg, run)
+        if state["processes"] == processes:
+            whole = {mid_epoch: state}
+        else:
+            notes.append(
+                f"note: {mid_epoch} is of {state['processes']} process(es), and there are {processes} now: "
+                f"going on from the start of epoch {max((other['epoch'] for other in whole.values()), default=0) + 1}"
+            )
+    if not whole:
+        if any(path != mid_epoch for path in damaged):
+            raise CheckpointError(
+                f"{damaged[0]}: damaged or not a checkpoint, and there is no earlier one to fall back to: "
+                "put a good copy in its place, or start anew with --resume never (it keeps earlier results aside)"
+            )
+        path, first_step = None, 0
+    else:
+        ((path, state),) = whole.items()
+        _check_settings(path, state, cfg, run)
+        # Within an epoch the curves of its last step are still to be written.
+        first_step = state["iteration"] - ("position" in state)
+    notes += [
+        f"warning: {bad} is damaged or incomplete: it is kept as {aside_name(bad).name}, and training goes on from "
+        + (path.name if path else "the beginning")
+        for bad in damaged
+    ]
+    return Found(path, first_step, tuple(notes), tuple(damaged))
+
+
+def _read_whole(path: Path, damaged: list[Path]) -> dict[str, Any] | None:
+    """What tells a checkpoint's place and settings; None if there is no such file, or it is put among the `damaged`."""
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        state = None if broken else read_checkpoint(path)
+    except Exception:  # zipfile raises whatever its parser meets in damaged bytes
+        state = None
+    if state is None:
+        damaged.append(path)
+        return None
+    needed = (*NEEDED, "position", "metrics", "processes") if path.name == MID_EPOCH else NEEDED
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: cannot be resumed: it has no {', '.join(missing)} {CHOICES}")
+    check_kinds(path, state)
+    return {key: value for key, value in state.items() if key not in ("model", "optimizer", "metrics")}
+
+
+def _check_settings(path: Path, state: Mapping[str, Any], cfg: Config, run: Mapping[str, str]) -> None:
+    # Checkpoints of earlier versions do not tell the validation list.
+    saved = {"validation list": run.get("validation list"), **state["run"]}
+    differing = [f"{key}: {saved.get(key)} -> {value}" for key, value in run.items() if saved.get(key) != value]
+    differing += differing_keys(state["config"], cfg)
+    if differing:
+        raise CheckpointError(f"{path}: was trained with other settings ({'; '.join(differing)}) {CHOICES}")
+
+
+def check_kinds(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a value is of another kind than training saves; the file may be a stranger's."""
+    for key, kind in KINDS.items():
+        if key in state and not isinstance(state[key], kind):
+            raise CheckpointError(f"{path}: cannot be resumed: its {key} is a {type(state[key]).__name__} {CHOICES}")
+    for key in ("config", "run"):
+        try:
+            json.dumps(state.get(key))
+        except (TypeError, ValueError, RecursionError):
+            raise CheckpointError(
+                f"{path}: cannot be resumed: its {key} holds more than text and numbers {CHOICES}"
+            ) from None

@@ -1,0 +1,71 @@
+"""The EMA teacher: a moving average of the student, which gives the pseudo-labels (UniMatch V2, section 3).
+
+    teacher = decay * teacher + (1 - decay) * student,  decay = min(1 - 1 / (updates + 1), 0.996)
+
+So the first update copies the student; up to update 250 the teacher is the plain mean of the students, then a moving
+average. BatchNorm's running statistics, where a model has any, are averaged like the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import load_checkpoint_state
+from util.distributed.ddp import unwrap
+from util.errors import CheckpointError
+
+
+class Teacher:
+    """A copy of the student in eval mode without gradients; `update` it after each optimiser step, which it counts.
+
+    Every process keeps its own: students are equal, so teachers stay equal without communication.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.996) -> None:
+        self.model = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
+        self.decay = decay
+        device = next(self.model.parameters()).device
+        # On the device: whether a step counts may be known only there, and the host is not to wait for it.
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, skipped: Tensor | None = None) -> None:
+        """Average the student's weights in. Where `skipped` (0-dim bool) is True the step did not count: no change."""
+        counts = torch.ones_like(self._updates, dtype=torch.bool) if skipped is None else ~skipped
+        decay = (1 - 1 / (self._updates.double() + 1)).clamp(max=self.decay)
+        decay = torch.where(counts, decay, 1)
+        own, student = (_by_kind(module) for module in (self.model, unwrap(model)))
+        for kind, tensors in own.items():
+            if not kind.is_floating_point:  # BatchNorm's count of batches
+                torch._foreach_copy_(tensors, student[kind])
+                continue
+            # The formula by its letter: with decay 0 or 1 one of the two comes out to the last bit.
+            torch._foreach_mul_(tensors, decay.to(kind))
+            torch._foreach_add_(tensors, torch._foreach_mul(student[kind], (1 - decay).to(kind)))
+        self._updates += counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"teacher": self.model.state_dict(), "teacher_updates": self._updates.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
+        """Take up what `state_dict` gave; raises CheckpointError or WeightsError, which name the file `path`."""
+        updates = state.get("teacher_updates")
+        if "teacher" not in state or not isinstance(updates, Tensor) or updates.ndim or updates.is_floating_point():
+            raise CheckpointError(f"{path}: holds no teacher: it comes from a run without one")
+        load_checkpoint_state(self.model, state["teacher"], f"{path} (its teacher)")
+        self._updates.copy_(updates)
+
+
+def _by_kind(module: nn.Module) -> dict[torch.dtype, list[Tensor]]:
+    """Parameters and buffers in order, by their dtype."""
+    tensors: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensors.setdefault(tensor.dtype, []).append(tensor)
+    return tensors
