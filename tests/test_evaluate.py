@@ -16,7 +16,7 @@ from scripts.benchmark import naive
 from tests.helpers import make_model
 from tests.reference import formulas
 from tests.reference.weights import reference_state
-from util.evaluate import center_crop, evaluate, predict, sliding_window
+from util.evaluate import center_crop, class_scores, evaluate, predict, sliding_window
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
 SEED = FIGURES["seed"]
@@ -178,6 +178,46 @@ def test_original_sees_each_image_whole_and_once():
     samples = _samples(4, ((20, 30), (7, 9)))
     evaluate(model, samples, "original", 12, 4, "cpu")
     assert model.sizes == [tuple(label.shape[1:]) for _, label in samples]
+
+
+# Test-time augmentation
+
+
+@pytest.mark.parametrize("mode", ["original", "sliding_window"])
+@pytest.mark.parametrize("scales, flip", [((1.0,), True), ((0.5, 1.0, 1.7), False), ((0.75, 1.25), True)])
+def test_augmented_scores_are_the_mean_of_all_views(mode, scales, flip):
+    model = _WindowModel().eval()
+    image = torch.randn(2, 3, 21, 30, generator=torch.manual_seed(1), dtype=torch.float64)
+    expected, views = torch.zeros(2, 4, 21, 30, dtype=torch.float64), 0
+    with torch.no_grad():
+        for scale in scales:
+            for mirrored in [False, True] if flip else [False]:
+                size = (int(21 * scale + 0.5), int(30 * scale + 0.5))
+                view = nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=True)
+                view = torch.flip(view, dims=[3]) if mirrored else view
+                if mode == "original":
+                    scores = nn.functional.interpolate(model(view), size=(21, 30), mode="bilinear", align_corners=True)
+                    scores = scores.softmax(dim=1)
+                else:
+                    scores = sliding_window(model, view, 12)
+                    scores = scores / scores.sum(dim=1, keepdim=True)
+                    scores = nn.functional.interpolate(scores, size=(21, 30), mode="bilinear", align_corners=True)
+                expected += torch.flip(scores, dims=[3]) if mirrored else scores
+                views += 1
+        found = class_scores(model, image, mode, 12, scales, flip)
+    torch.testing.assert_close(found.probabilities(), expected / views, rtol=1e-10, atol=1e-12)
+    assert torch.equal(found.classes(), expected.argmax(dim=1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_augmentation_the_scores_are_those_of_predict(mode):
+    model = _WindowModel().eval()
+    image = torch.randn(1, 3, 21, 30, generator=torch.manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        scores = class_scores(model, image, mode, 12)
+        assert torch.equal(scores.classes(), predict(model, image, mode, 12))
+        sums = scores.probabilities().sum(dim=1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
 # The loop

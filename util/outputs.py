@@ -13,10 +13,12 @@ from typing import BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dataset.windows import no_pixel_limit
 from util.errors import ConfigError
 
 # The mark of a file that a tool wrote, and of what it was made: texts of a PNG, a comment of a JPEG or zip.
 MARK, FINGERPRINT = "UniMatch tool output", "Fingerprint"
+TIFF_SOFTWARE, TIFF_DESCRIPTION = 305, 270
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -72,9 +74,12 @@ def read_mark(path: str | Path) -> str | None:
             with open(path, "rb") as file:
                 head = file.read(500)
             return "" if MARK.encode() in head else None
-        with Image.open(path) as image:  # the header alone; nothing is decoded
+        with no_pixel_limit(), Image.open(path) as image:  # the header alone; nothing is decoded
             if image.info.get("Software") == MARK:
                 return image.info.get(FINGERPRINT, "")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF
+            if tags.get(TIFF_SOFTWARE) == MARK:
+                return tags.get(TIFF_DESCRIPTION, "").removeprefix(f"{FINGERPRINT} ")
             return _marked(image.info.get("comment") or b"")
     except Exception:  # whatever a file that is none of ours makes its reader raise
         return None
@@ -105,15 +110,21 @@ def save_picture(image: Image.Image, path: Path, fingerprint: str = "") -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is complete; its folder is made. Raises ConfigError.
+    """A file that takes the place of `path` once it is complete; its folder is made. Raises ConfigError."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
-    Its name until then is always the same, so that a run that continues a killed one leaves nothing behind.
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` once it is complete; its folder is made. Raises ConfigError.
+
+    The name is always the same, so that a run that continues a killed one leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -57,6 +57,12 @@ class Trained:
                 digest.update(block)
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this model and how it computes from others, as plain values."""
+        rounding = {key: getattr(self.cfg, key) for key in ("amp", "channels_last")}
+        shape = {key: getattr(self.cfg, key) for key in MODEL_KEYS if hasattr(self.cfg, key)}
+        return {"checkpoint": self.sha256(), "weights": self.weights, **rounding, **shape}
+
     def files(self, args: argparse.Namespace) -> list[tuple[str, Path]]:
         """What was read to get here, as `(kind, path)`, none of which a tool may write over."""
         files = [("checkpoint", self.path)]
@@ -77,6 +83,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("teacher", "student"),
         help="of a checkpoint that has both: the averaged network (default) or the trained one",
     )
+
+
+def add_view_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of test-time augmentation."""
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="S",
+        help="see each image at these scales, such as 0.5 1.0 1.5, and average the probabilities",
+    )
+    parser.add_argument("--flip", action="store_true", help="see each image mirrored too")
+
+
+def check_view_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for scales that are none."""
+    for scale in args.scales:
+        if not 0.05 <= scale <= 8:
+            raise ConfigError(f"--scales {scale:g}: must be from 0.05 to 8")
+    if len(set(args.scales)) < len(args.scales):
+        raise ConfigError(f"--scales {' '.join(f'{scale:g}' for scale in args.scales)}: one is there twice")
 
 
 def open_trained(args: argparse.Namespace) -> Trained:
@@ -108,6 +136,8 @@ def open_trained(args: argparse.Namespace) -> Trained:
     if own is not None:
         notes += _compare(own, cfg, args)
     checkpoint, weights = _choose_weights(checkpoint, args)
+    if weights == "teacher" and args.weights is None:
+        notes.append("note: of the two networks in the checkpoint, the teacher is used (--weights student: the other)")
     return Trained(path, cfg, checkpoint, weights, tuple(notes))
 
 

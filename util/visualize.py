@@ -16,12 +16,17 @@ GAP = 4  # pixels between the pictures of a panel
 
 def colorize(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
     """An index PNG's worth of `label` (H, W), 8-bit: mode P, so that its pixel values stay class indices."""
+    image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
+    image.putpalette(full_palette(palette).tobytes())
+    return image
+
+
+def full_palette(palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """The colour of each 8-bit label value, uint8 (256, 3): the classes', black, and one for ignored pixels."""
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = palette
     colours[IGNORE_INDEX] = IGNORED_COLOUR
-    image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
-    image.putpalette(colours.tobytes())
-    return image
+    return colours
 
 
 def panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
