@@ -26,7 +26,7 @@ def checkpoint(data, tmp_path_factory):
     cfg = load_config(data.config, ["dilations=[3,6,9]", "classes=[a,b,c]", "device=cuda", "workers=7"])
     path = tmp_path_factory.mktemp("exp") / "best.pth"
     state = build_model(cfg).state_dict()
-    torch.save({"model": state, "config": to_dict(cfg), "teacher": {k: v + 1 for k, v in state.items()}}, path)
+    torch.save({"model": state, "config": to_dict(cfg)}, path)
     return path
 
 
@@ -85,12 +85,18 @@ def test_renamed_classes_and_another_evaluation_are_told(data, checkpoint, tmp_p
     assert [note.split(":")[0] for note in _open(checkpoint, config=config).notes] == ["warning", "note"]
 
 
-def test_of_two_networks_the_teacher_is_taken_unless_told_otherwise(data, checkpoint, tmp_path):
-    weight = {name: _open(checkpoint, *argv).build().classifier.bias for name, argv in (
-        ("default", ()), ("teacher", ("--weights", "teacher")), ("student", ("--weights", "student")))}  # fmt: skip
-    assert torch.equal(weight["default"], weight["teacher"])
-    assert torch.equal(weight["default"], weight["student"] + 1)
-    assert [_open(checkpoint).weights, _open(checkpoint, "--weights", "student").weights] == ["teacher", "student"]
+@pytest.mark.parametrize("key", ["teacher", "model_ema"])
+def test_of_two_networks_the_teacher_is_taken_unless_told_otherwise(data, checkpoint, tmp_path, key):
+    state = torch.load(checkpoint, weights_only=True)
+    both = tmp_path / "both.pth"
+    torch.save({**state, key: {f"module.{name}": value + 1 for name, value in state["model"].items()}}, both)
+    opened = {argv: _open(both, *argv) for argv in ((), ("--weights", "teacher"), ("--weights", "student"))}
+    bias = {argv: trained.build().classifier.bias for argv, trained in opened.items()}
+    student = state["model"]["classifier.bias"]
+    assert [torch.equal(value, student + 1) for value in bias.values()] == [True, True, False]
+    assert torch.equal(bias["--weights", "student"], student)
+    assert [trained.weights for trained in opened.values()] == ["teacher", "teacher", "student"]
+    assert [len(trained.notes) for trained in opened.values()] == [1, 0, 0]
     torch.save({"model": {}}, tmp_path / "one.pth")
     with pytest.raises(ConfigError, match="has no weights of a teacher"):
         _open(tmp_path / "one.pth", "--weights", "teacher", config=data.config)
