@@ -81,7 +81,9 @@ class ImageCache:
         stamp = (source.st_size, source.st_mtime_ns)
         made_of, pixels = self._maps.pop((path, channels), (None, None))
         if made_of != stamp:
-            name = hashlib.sha256(f"{channels} {os.path.abspath(path)}".encode()).hexdigest()[:40]
+            name = hashlib.sha256(
+                f"{channels} {os.path.abspath(path)}".encode("utf-8", "backslashreplace")
+            ).hexdigest()[:40]
             entry = os.path.join(self.folder, name[:2], name)
             pixels = _read_entry(entry, stamp, channels)
             if pixels is None:
@@ -166,9 +168,13 @@ def open_cache(
     if not SHARED_MEMORY.is_dir():
         raise DataError(f"cache: ram needs {SHARED_MEMORY}, which this system does not have; use cache: disk")
     remove_unused()
-    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    digest = _digest(name)[:16]
     place = SHARED_MEMORY / f"{_PREFIX}{os.getuid()}-{digest}"
     return _opened(place, gigabytes, f"cache: ram: {SHARED_MEMORY} has", "give a container more by --shm-size")
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()  # file names may be no UTF-8
 
 
 @contextlib.contextmanager

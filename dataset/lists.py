@@ -118,7 +118,7 @@ def find_unlabeled(
 def list_digest(samples: Sequence[Sample]) -> str:
     """A short fingerprint of a list's content, to notice that a resumed run was given other images."""
     text = "\n".join(f"{sample.image}\t{sample.label or ''}" for sample in samples)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def images_in(folder: Path, root: Path, left_out: list[str] | None = None) -> list[str]:

@@ -24,6 +24,7 @@ from util.errors import (
     TrainingStopped,
     error_line,
 )
+from util.screen import steady_output
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, config_required: bool = True) -> None:
@@ -78,9 +79,15 @@ def parse_args(method: str, argv: Sequence[str] | None = None) -> argparse.Names
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry script's main; an error that the user can mend becomes one line and exit status 2 or 3.
 
-    A signal ends it with 128 plus the signal's number. Of several processes one speaks.
+    A signal ends it with 128 plus the signal's number. Of several processes one speaks. Printing never ends it.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    with steady_output():
+        _run_main(main)
+
+
+def _run_main(main: Callable[[], None]) -> None:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    rank = int(rank) if rank.isdecimal() else 0  # what is no number is refused later
     silent = False
     try:
         main()

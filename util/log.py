@@ -31,7 +31,7 @@ class RunLog:
         if not active:
             return
         with self._writing(LOG_FILE):
-            self._file = open(save_path / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open(save_path / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         with self._writing("TensorBoard's file"):
             # Curves of an interrupted run: what it wrote from `first_step` on, beyond its checkpoint, is hidden.
             self._writer = SummaryWriter(str(save_path), purge_step=first_step)
@@ -66,7 +66,7 @@ class RunLog:
         if self.active:
             with self._writing("TensorBoard's file"):
                 for tag, value in values.items():
-                    self._writer.add_scalar(tag, value, step)
+                    self._writer.add_scalar(tag.encode("utf-8", "backslashreplace").decode(), value, step)
                 self._writer.flush()
 
     def bar(self, total: int, title: str) -> tqdm:

@@ -195,6 +195,8 @@ def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManag
 
 
 def _check_writable(save_path: Path) -> None:
+    if str(save_path).encode("utf-8", "replace").decode() != str(save_path):  # TensorBoard cannot write there
+        raise ConfigError(f"--save-path {save_path}: the name is no UTF-8 text; choose another")
     try:
         save_path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=save_path):

@@ -49,9 +49,8 @@ def share_chart(classes: Sequence[str], shares: Mapping[str, Sequence[float]]) -
 
     Class names that Pillow's own font cannot write get `?` for the characters it lacks.
     """
-    names = [
-        f"{index} {name}"[:40].encode("latin-1", "replace").decode("latin-1") for index, name in enumerate(classes)
-    ]
+    texts = [" ".join(f"{index} {name}".split())[:40] for index, name in enumerate(classes)]
+    names = [text.encode("latin-1", "replace").decode("latin-1") for text in texts]
     colours = [(0, 114, 178), (230, 159, 0), (0, 158, 115)]
     font, bar, width, decades = ImageFont.load_default(), 11, 500, 5
     left = 20 + max(int(font.getlength(name)) for name in names)
