@@ -10,14 +10,14 @@ on stderr if the launch cannot work.
 """
 
 import argparse
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
+
+from util.distributed.network import port_fault
 
 GRACE = 120  # seconds; older versions of torch have 30, and whoever sent the signal may have a limit too
 
@@ -50,14 +50,8 @@ def check_port(port):
     """Raise LaunchError unless a server could listen on `port` (int) now."""
     if not 1024 <= port <= 65535:
         raise LaunchError(f"port {port} is out of range; choose one from 1024 to 65535, or leave it out for a free one")
-    with socket.socket() as server:
-        # As the rendezvous server does: a port just released by an earlier run counts as free.
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("", port))
-        except OSError as error:
-            reason = "taken" if error.errno == errno.EADDRINUSE else f"not usable ({error.strerror})"
-            raise LaunchError(f"port {port} is {reason}; choose another, or leave it out for a free one") from None
+    if fault := port_fault(port):
+        raise LaunchError(f"port {port} is {fault}; choose another, or leave it out for a free one")
 
 
 def check_gpus(processes, gpus, arguments):

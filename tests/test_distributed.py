@@ -39,7 +39,8 @@ from util.distributed.batchnorm import SyncBatchNormCPU
 from util.distributed.collectives import DelayedMax, all_reduce_sum, process_count
 from util.distributed.ddp import distribute, unwrap
 from util.distributed.group import process_group
-from util.distributed.launch import Processes, choose_device, find_processes, port_is_free
+from util.distributed.launch import Processes, choose_device, find_processes
+from util.distributed.network import port_fault
 from util.errors import ConfigError, TrainingStopped
 from util.evaluate import evaluate
 from util.losses import CrossEntropy
@@ -368,10 +369,10 @@ def _member(rank: int, victim: int, fault: str, port: int, folder: Path) -> None
         ("unreadable", 1, "error: process 1: images/7.jpg: truncated", [1, 2]),
         ("unreadable", 0, "error: images/7.jpg: truncated", [2, 1]),
         ("bug", 1, "error: process 1: KeyError: 'oops'", [1, 1]),
-        ("killed", 1, "error: process 1 hangs or is gone: the others waited for it in vain (", [None, -9]),
-        ("killed", 0, "error: the process that held the others together (torchrun, or else the first", [-9, None]),
-        ("stopped", 1, "error: process 1 has given no sign of life for 4 s (dist_timeout): it was killed ", [3, -9]),
-        ("hanging", 1, "error: process 1 hangs or is gone: the others waited for it in vain (", [3, 1]),
+        ("killed", 1, "error: process 1 hangs or is gone: the others waited for it in vain", [None, -9]),
+        ("killed", 0, "process 0, which held the processes together at port ", [-9, None]),
+        ("stopped", 1, "error: process 1 sent no heartbeat for 4 s (dist_timeout): it was killed ", [3, -9]),
+        ("hanging", 1, "error: process 1 hangs or is gone: the others waited for it in vain", [3, 1]),
     ],
 )
 def test_a_fault_of_one_process_ends_the_others_and_one_tells_why(tmp_path, fault, victim, expected, statuses):
@@ -396,7 +397,7 @@ def test_a_fault_of_one_process_ends_the_others_and_one_tells_why(tmp_path, faul
     if fault == "stopped":  # whether its thread or the operation that waits finds it first
         assert line.startswith((expected, "error: process 1 hangs or is gone"))
     elif (fault, victim) == ("killed", 0):  # whether the store or the connection is found gone first
-        assert line.startswith((expected, "error: process 1: process 0 hangs or is gone", "error: process 1: the "))
+        assert line.removeprefix("error: process 1: ").startswith((expected, "process 0 hangs or is gone"))
     else:
         assert line.startswith(expected)
     assert told.count("Traceback") == (fault == "bug")
@@ -525,8 +526,8 @@ def test_a_port_is_free_unless_something_listens_there():
         server.bind(("", 0))
         server.listen()
         port = server.getsockname()[1]
-        assert not port_is_free(port)
-    assert port_is_free(port)
+        assert port_fault(port) == "taken"
+    assert port_fault(port) is None
 
 
 @pytest.mark.parametrize(

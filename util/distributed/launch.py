@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 from dataclasses import dataclass
 
 import torch
 
+from util.distributed.network import port_fault
 from util.errors import ConfigError
 
 
@@ -46,8 +46,8 @@ def find_processes(port: int | None = None) -> Processes:
             raise ConfigError("--port is needed under srun with several processes: any free port, the same for all")
         env["MASTER_PORT"] = str(port)
     processes = Processes(int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]))
-    if processes.is_main and not port_is_free(int(env["MASTER_PORT"])):
-        raise ConfigError(f"port {env['MASTER_PORT']} is taken on {env['MASTER_ADDR']}: choose another")
+    if processes.is_main and (fault := port_fault(int(env["MASTER_PORT"]))):
+        raise ConfigError(f"port {env['MASTER_PORT']} is {fault} on {env['MASTER_ADDR']}: choose another")
     return processes
 
 
@@ -78,15 +78,14 @@ def choose_device(wanted: str, processes: Processes) -> torch.device:
     return torch.device("cuda", processes.local_rank)
 
 
-def port_is_free(port: int, host: str = "") -> bool:
-    """Whether a server could listen on `port` of this machine now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind((host, port))
-        except OSError:
-            return False
-        return True
+def master_address() -> tuple[str, int]:
+    """Where the processes meet: name or address, and port."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def launcher_keeps_store() -> bool:
+    """Whether the store at which the processes meet is torchrun's; otherwise it is the first process's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _first_slurm_node() -> str:

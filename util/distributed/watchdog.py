@@ -1,176 +1,205 @@
-"""What happens when one process of several fails: the others end soon, and one error names the process and the cause.
+"""What happens when one process of several fails: the others end soon, and one line names the process and the cause.
 
-The processes tell faults through the key-value store at which they met. A thread of each says every second that its
-process is alive, watches the next process, and ends its own when any has told a fault: so nobody waits for a process
-that is gone, not even within a GPU's collective operation, which no exception can interrupt.
+The processes report failures through the key-value store at which they met. In each a thread sends a heartbeat every
+second, watches that of the next process, and ends its own process once a failure is reported: so nobody waits for a
+process that is gone, not even inside a GPU's collective operation, which no exception can interrupt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
-import torch.distributed as dist
-
+from util.distributed.launch import Processes, launcher_keeps_store, master_address
+from util.distributed.store import BoundedStore, StoreLost
 from util.errors import EXIT_CONSEQUENCE, EXIT_STOPPED, Interrupted, Silenced, TrainingStopped, error_line
 from util.signals import StopSignals
 
-GONE = "the process that held the others together (torchrun, or else the first one) is gone"
-PERIOD = 1.0  # seconds between two signs of life
-PATIENCE = 10.0  # seconds that a process which lost another one waits for the fault to be told
+PERIOD = 1.0  # seconds between two heartbeats
+PATIENCE = 10.0  # seconds that a process which lost its connection waits for another one's report
+ANSWER = 5.0  # seconds for the store to answer a process that has failed
 
 
-class Watch:
-    """Watches over this process and the next one, from `start` to `stop`; alone a process has nothing to watch.
+class Watchdog:
+    """Watches this process and the next one, from `start` to `stop`; a process alone needs none.
 
-    `seconds` without a sign of life mean that a process has failed. `on_fault` gets the line that tells another
-    process's fault, before this process ends.
+    A process without a heartbeat for `seconds` has failed, and so has a store that does not answer for as long.
+    `on_failure` gets the line about another process's failure, before this process ends.
     """
 
-    def __init__(self, rank: int, count: int, seconds: float, on_fault: Callable[[str], None]) -> None:
-        self._rank, self._count, self._limit = rank, count, max(2, round(seconds / PERIOD))
-        self._on_fault = on_fault
-        self._stopped, self._failed = threading.Event(), threading.Event()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of its own: that of torch is taken while a collective operation is being set up.
-        timeout = timedelta(seconds=30)
-        self._store, self._main_store = (
-            dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout) for _ in range(2)
-        )
-        self._prefix = f"fault/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
-        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+    def __init__(self, processes: Processes, seconds: float, on_failure: Callable[[str], None]) -> None:
+        self._rank, self._count, self._seconds = processes.rank, processes.count, seconds
+        # Without the store nobody can agree on who reports: then one process of each machine does.
+        self._speaks_alone = processes.local_rank == 0 or (processes.rank == 1 and not launcher_keeps_store())
+        self._on_failure = on_failure
+        self._closing, self._stopped, self._failed = (threading.Event() for _ in range(3))
+        self._ending = threading.Lock()
+        # Connections of its own, one for each thread: torch's is taken while a collective operation is set up.
+        self._thread_store = BoundedStore(*master_address(), seconds)
+        self._store = BoundedStore(*master_address(), max(ANSWER, min(seconds, 30)))
+        self._prefix = f"failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def start(self) -> None:
-        """Begin to give signs of life; call it on all processes."""
-        self._beat(0)
+        """Begin to send heartbeats. A process that has not sent one yet is not missed."""
         self._thread.start()
 
+    def meet(self, value: str, patience: float = 7200) -> list[str]:
+        """Wait until all processes have called this: their values, by rank. Raises TrainingStopped after `patience`."""
+        self._store.set(f"{self._prefix}here{self._rank}", value)
+        values: dict[int, str] = {}
+        started, told = time.monotonic(), False
+        while True:
+            for rank in range(self._count):
+                if rank not in values and (found := self._store.get(f"{self._prefix}here{rank}")) is not None:
+                    values[rank] = found
+            missing = [rank for rank in range(self._count) if rank not in values]
+            if not missing:
+                return [values[rank] for rank in range(self._count)]
+            waited = time.monotonic() - started
+            if waited > patience:
+                raise TrainingStopped(f"process {_some(missing)} did not come within {waited / 60:.0f} minutes")
+            if waited > 60 and not told and self._rank == min(values):
+                told = True
+                print(f"note: waiting for process {_some(missing)} to start", file=sys.stderr, flush=True)
+            time.sleep(min(1.0, 0.02 + waited / 10))
+
+    def close(self) -> None:
+        """From now on a store that is lost is no failure: its process may have ended before this one."""
+        self._closing.set()
+
     def stop(self) -> None:
-        """End watching, as the process will be gone soon."""
+        """Stop watching: the process is going to end."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(3 * PERIOD)
 
-    def settle(self, error: Exception) -> Exception:
-        """What this process ends with after `error`: the error, to be told on screen, or Silenced.
+    def explain(self, error: Exception) -> Exception:
+        """What this process ends with after `error`: the error to show, or Silenced where another process shows one.
 
-        One process tells its error: the first whose own it is. One that lost the connection to another waits for that
-        one's error, and tells its own where none comes within seconds.
+        The first process that fails by itself shows its error. One that lost its connection waits for that, and shows
+        its own error where no other comes within seconds.
         """
         self._failed.set()
+        self._store.seconds = ANSWER
         if isinstance(error, Interrupted):  # all agreed on it
             return error
-        lost = _is_lost_connection(error)
-        if lost:
-            with contextlib.suppress(RuntimeError):
-                self._main_store.set(f"{self._prefix}lost{self._rank}", "")
-        # Training stops itself on every process alike: the main one is the one to say so.
-        if lost or (isinstance(error, TrainingStopped) and self._rank > 0):
-            fault = self._wait_for_fault()
-            if fault is not None:
-                return Silenced(fault)
-        if lost:
-            error = TrainingStopped(f"{self._missing()} ({_first_line(error)})")
-        first = self._tell(error_line(error))
-        if self._rank == 0 and not _launcher_keeps_store():
+        disconnected = _is_disconnection(error)
+        try:
+            if disconnected:
+                self._store.set(f"{self._prefix}disconnected{self._rank}", "")
+            # Training stops itself on every process alike: the main one is the one to say so.
+            waits = disconnected or (isinstance(error, TrainingStopped) and self._rank > 0)
+            if waits and (report := self._wait_for_report()):
+                return Silenced(report)
+            if disconnected:
+                error = TrainingStopped(self._missing())
+            first = self._report(error_line(error))
+        except StoreLost as lost:
+            if disconnected:
+                error = TrainingStopped(self._loss(lost))
+            first = not disconnected or self._may_speak_alone()
+        if self._rank == 0 and not launcher_keeps_store():
             time.sleep(3 * PERIOD)  # the others read it in this process's store
         return error if first else Silenced(error_line(error))
 
-    def _tell(self, line: str) -> bool:
-        """Tell the others a fault; whether it is the first that is told."""
-        try:
-            told = self._main_store.compare_set(self._prefix + "told", "", f"{self._rank}:{line}")
-        except RuntimeError:  # the store is gone with its process
-            return self._speaks_without_store()
-        return told.decode() == f"{self._rank}:{line}"
+    def _report(self, line: str, store: BoundedStore | None = None) -> bool:
+        """Report a failure to the others; whether it is the first one."""
+        line = f"{self._rank}:{line}"
+        return (store or self._store).set_first(self._prefix + "report", line) == line
 
     def _missing(self) -> str:
-        """Which processes others waited for in vain: those that have not found out as well."""
-        try:
-            others = range(self._count)
-            missing = [rank for rank in others if not self._main_store.check([f"{self._prefix}lost{rank}"])]
-        except RuntimeError:
-            missing = []
+        """Which processes the others waited for in vain: those that have not lost a connection themselves."""
+        ranks = range(self._count)
+        missing = [rank for rank in ranks if self._store.get(f"{self._prefix}disconnected{rank}") is None]
         if not missing:
-            return "the connection among the processes is lost"
-        return f"process {', '.join(map(str, missing))} hangs or is gone: the others waited for it in vain"
+            return "the connection between the processes is lost"
+        return f"process {_some(missing)} hangs or is gone: the others waited for it in vain"
 
-    def _wait_for_fault(self) -> str | None:
-        """The fault that another process tells within seconds, or a launcher that ends this one because of it."""
+    def _wait_for_report(self) -> str | None:
+        """The failure that another process reports within seconds, or a launcher that ends this one because of it."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            try:
-                if self._main_store.check([self._prefix + "told"]):
-                    rank, _, line = self._main_store.get(self._prefix + "told").decode().partition(":")
-                    return f"process {rank}: {line}"
-            except RuntimeError:
-                return None if self._speaks_without_store() else GONE
-            if StopSignals.last:
+            if report := self._read_report(self._store):
+                return report[1]
+            if StopSignals.last and launcher_keeps_store():  # torchrun, which says what failed
                 return "ended by the launcher, after another process failed"
             time.sleep(0.1)
         return None
 
-    def _look(self) -> None:
-        """The thread: signs of life, the next process's signs, and faults told."""
+    def _read_report(self, store: BoundedStore) -> tuple[int, str] | None:
+        """(rank, line) of the failure that is reported."""
+        if (text := store.get(self._prefix + "report")) is None:
+            return None
+        rank, _, line = text.partition(":")
+        return int(rank), f"process {rank}: {line}"
+
+    def _watch(self) -> None:
+        """The thread: heartbeats, the next process's heartbeats, and failures reported."""
         other, last, missed, number = (self._rank + 1) % self._count, None, 0, 0
+        limit = max(2, round(self._seconds / PERIOD))
+        store = self._thread_store
         try:
-            while not self._stopped.wait(PERIOD):
+            while True:
+                store.set(f"{self._prefix}{self._rank}", str(number))
                 number += 1
-                self._beat(number)
-                if self._store.check([self._prefix + "told"]):
-                    rank, _, line = self._store.get(self._prefix + "told").decode().partition(":")
-                    if int(rank) != self._rank and not self._failed.wait(PERIOD):
-                        self._end(f"process {rank}: {line}")
-                key = f"{self._prefix}{other}"
-                sign = self._store.get(key) if self._store.check([key]) else None
+                report = self._read_report(store)
+                if report and report[0] != self._rank and not self._failed.wait(PERIOD):
+                    self._end(report[1])
+                heartbeat = store.get(f"{self._prefix}{other}")
                 # Counted, not timed: where all were suspended together nobody has missed anything.
-                missed = missed + 1 if sign == last else 0
-                last = sign
+                missed = missed + 1 if heartbeat == last and heartbeat is not None else 0
+                last = heartbeat
                 # A process that has failed itself speaks elsewhere.
-                if missed >= self._limit and not self._failed.is_set():
+                if missed >= limit and not self._failed.is_set():
                     line = (
-                        f"process {other} has given no sign of life for {missed * PERIOD:.0f} s (dist_timeout): it was "
-                        "killed or stopped, or its machine or network is gone"
+                        f"process {other} sent no heartbeat for {missed * PERIOD:.0f} s (dist_timeout): it was killed "
+                        "or stopped, or its machine or network is gone"
                     )
-                    if self._tell(line):
-                        print(f"error: {line}", file=sys.stderr, flush=True)
-                        self._end(line, EXIT_STOPPED)
-                    self._end(line)
-        except RuntimeError:
-            # Nobody can be told any more. Under torchrun the store belongs to the launcher, else to the first process.
-            if not self._stopped.is_set() and not self._failed.wait(3 * PERIOD):
-                if self._speaks_without_store():
-                    print(f"error: {GONE}", file=sys.stderr, flush=True)
-                self._end(GONE)
+                    self._end(line, speak=self._report(line, store))
+                if self._stopped.wait(PERIOD):
+                    return
+        except StoreLost as lost:
+            # Nobody can be told any more. A process that has failed itself speaks elsewhere, if it still can.
+            if not self._closing.is_set() and not self._failed.wait(3 * PERIOD):
+                speak = self._may_speak_alone()
+                if speak or not self._failed.is_set():
+                    self._end(self._loss(lost), speak)
 
-    def _speaks_without_store(self) -> bool:
-        return self._rank == (0 if _launcher_keeps_store() else 1)
+    def _may_speak_alone(self) -> bool:
+        """Whether this process reports that the store is lost: of those on a machine one does, once."""
+        return self._speaks_alone and self._ending.acquire(blocking=False)
 
-    def _beat(self, number: int) -> None:
-        self._store.set(f"{self._prefix}{self._rank}", str(number))
+    def _loss(self, lost: StoreLost) -> str:
+        """What to say when the store is lost."""
+        address, port = master_address()
+        keeper = f"torchrun on {address}" if launcher_keeps_store() else "process 0"
+        if lost.answered:
+            return f"{keeper}, which held the processes together at port {port}, is gone: it was killed or has failed"
+        return (
+            f"{keeper} has not answered at {address}:{port} for {self._seconds:.0f} s (dist_timeout): its machine or "
+            "the network in between is gone"
+        )
 
-    def _end(self, line: str, status: int = EXIT_CONSEQUENCE) -> None:
+    def _end(self, line: str, speak: bool = False) -> None:
+        """End this process."""
         try:
-            self._on_fault(line)
+            if speak:
+                print(f"error: {line}", file=sys.stderr, flush=True)
+            self._on_failure(line)
         finally:
-            os._exit(status)
+            os._exit(EXIT_STOPPED if speak else EXIT_CONSEQUENCE)
 
 
-def _launcher_keeps_store() -> bool:
-    """Whether the store is torchrun's; otherwise it is the first process's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _some(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"{shown} and {len(ranks) - 8} more" if len(ranks) > 8 else shown
 
 
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether an operation among processes failed for want of another one; torch has no one type for that."""
+def _is_disconnection(error: Exception) -> bool:
+    """Whether an operation between processes failed for want of another one; torch has no one type for that."""
     text = str(error).lower()
     words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return isinstance(error, StoreLost) or (isinstance(error, RuntimeError) and any(word in text for word in words))
