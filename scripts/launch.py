@@ -1,6 +1,8 @@
-"""Start a training script in several processes on this machine: torchrun, with checks before and short errors after.
+"""Start a training script in several processes: torchrun, with checks before and short errors after.
 
     python -m scripts.launch --processes 4 [--port 29500] [--max-restarts 3] unimatch.py --config ...
+
+On several machines each runs it, with `--nodes`, `--node-rank`, `--master-addr` and the same port.
 
 One process per GPU; without a GPU, or with `--set device=cpu`, the processes share the CPU. The port is where the
 processes meet; a free one is taken when none is given. After a failure all processes start again, at most
@@ -13,6 +15,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +44,9 @@ def parse_args(argv):
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="restarts after a failure (default: 0)"
     )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="this machine's number, from 0")
+    parser.add_argument("--master-addr", metavar="A", help="name or address of the machine with number 0")
     parser.add_argument("script", metavar="METHOD.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to METHOD.py")
     return parser.parse_args(argv)
@@ -52,6 +58,21 @@ def check_port(port):
         raise LaunchError(f"port {port} is out of range; choose one from 1024 to 65535, or leave it out for a free one")
     if fault := port_fault(port):
         raise LaunchError(f"port {port} is {fault}; choose another, or leave it out for a free one")
+
+
+def check_nodes(args):
+    """Raise LaunchError unless the arguments let several machines meet."""
+    if not 0 <= args.node_rank < args.nodes:
+        raise LaunchError(f"--node-rank {args.node_rank}: must be from 0 to {args.nodes - 1}")
+    if args.port is None or args.master_addr is None:
+        raise LaunchError("several machines need --master-addr and --port: where the first one listens")
+    if args.max_restarts:
+        raise LaunchError("--max-restarts works on one machine only: start the command again on each of several")
+    try:
+        socket.getaddrinfo(args.master_addr, args.port)
+    except OSError as error:
+        reason = f"{socket.gethostname()} knows no machine of that name ({error.strerror})"
+        raise LaunchError(f"--master-addr {args.master_addr}: {reason}; give its IP address") from None
 
 
 def check_gpus(processes, gpus, arguments):
@@ -96,14 +117,15 @@ def exit_status(rank, exitcode):
     return 128 - exitcode
 
 
-def run(processes, port, script, arguments, max_restarts=0):
+def run(args):
     """Run the script under torchrun and return the exit status. A signal to this process is passed on to all."""
+    processes, port, nodes = args.processes, args.port, args.nodes
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    check_gpus(processes, torch.cuda.device_count(), arguments)
+    check_gpus(processes, torch.cuda.device_count(), args.arguments)
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
@@ -121,17 +143,19 @@ def run(processes, port, script, arguments, max_restarts=0):
 
     # By its own name a machine may not find itself; localhost always works.
     meeting = ["--standalone", "--local-addr=localhost"] if port is None else [f"--master-port={port}"]
+    if nodes > 1:
+        meeting += [f"--node-rank={args.node_rank}", f"--master-addr={args.master_addr}", "--rdzv-conf=timeout=900"]
     try:
         with tempfile.TemporaryDirectory() as logs:  # its own would stay behind
-            options = [*meeting, "--nnodes=1", f"--nproc-per-node={processes}", f"--log-dir={logs}"]
-            options.append(f"--max-restarts={max_restarts}")
-            torchrun.main([*options, script, *arguments])
+            options = [*meeting, f"--nnodes={nodes}", f"--nproc-per-node={processes}", f"--log-dir={logs}"]
+            options.append(f"--max-restarts={args.max_restarts}")
+            torchrun.main([*options, args.script, *args.arguments])
     except ChildFailedError as error:
         return exit_status(*first_failure(error.failures))
     except SignalException as error:
         return 128 + error.sigval
     except torch.distributed.DistNetworkError as error:  # the port was taken since the check
-        where = "" if port is None else f" at port {port}"
+        where = "" if port is None else f" at {args.master_addr or 'port'}{':' if nodes > 1 else ' '}{port}"
         raise LaunchError(f"the processes cannot meet{where}: {str(error).splitlines()[0]}") from None
     return 0
 
@@ -146,11 +170,13 @@ def main(argv=None):
             raise LaunchError(f"--processes {args.processes}: at least 1 is needed")
         if not Path(args.script).is_file():
             raise LaunchError(f"{args.script}: no such file; name a training script, such as unimatch.py")
-        if args.port is not None:
+        if args.nodes > 1:
+            check_nodes(args)
+        if args.port is not None and args.node_rank == 0:
             check_port(args.port)
         if args.max_restarts < 0:
             raise LaunchError(f"--max-restarts {args.max_restarts}: at least 0 is needed")
-        return run(args.processes, args.port, args.script, args.arguments, args.max_restarts)
+        return run(args)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,15 +14,18 @@ dataset=${dataset:-pascal}
 method=${method:-unimatch}
 exp=${exp:-r101}
 split=${split:-732}
-# The cluster: GPUs to take on a node, at most, and CPU cores for each.
+# The cluster: GPUs to take on a node, at most, their type where there are several, and CPU cores for each.
 gpus_per_node=${gpus_per_node:-8}
+gpu_type=${gpu_type:-}
 cpus_per_task=${cpus_per_task:-5}
 
 usage() {
     echo "usage: [NAME=VALUE ...] sh scripts/slurm_train.sh <num_gpu> <port> <partition> [arguments of METHOD.py ...]"
     variables
-    echo "Also gpus_per_node (default 8, at most) and cpus_per_task (default 5)."
-    echo "As a batch job: sbatch --nodes=N --gres=gpu:G [...] scripts/slurm_train.sh <num_gpu> <port> <partition> ..."
+    echo "Also gpus_per_node (default 8, at most), cpus_per_task (default 5) and gpu_type (such as a100)."
+    echo "Where the partition declares no GPUs, or with --set device=cpu, num_gpu is the number of processes."
+    echo "As a batch job: sbatch --nodes=N --ntasks-per-node=G --cpus-per-task=C --gres=gpu:G [...] \\"
+    echo "    scripts/slurm_train.sh <num_gpu> <port> <partition> ..."
     echo "example: dataset=cityscapes split=1_16 sh scripts/slurm_train.sh 16 29500 gpu --set scale_lr=true"
 }
 
@@ -60,23 +63,100 @@ command -v srun >/dev/null || wrong "srun not found: there is no SLURM here; scr
 check_run
 find_python
 
+# The most CPU cores and GPUs (of gpu_type) that a node of the partition has; no line if there is no such partition.
+node_limits() {
+    sinfo -h -N -p "$partition" -o '%c %G' | awk -v type="$gpu_type" '
+        { if ($1 + 0 > cores) cores = $1 + 0
+          gsub(/\([^)]*\)/, "", $2) # sockets, such as (S:0-1)
+          count = split($2, kinds, ","); gpus = 0
+          for (i = 1; i <= count; i++) {
+              parts = split(kinds[i], part, ":") # gpu:4 or gpu:a100:4
+              if (part[1] == "gpu" && (type == "" || part[2] == type)) gpus += part[parts]
+          }
+          if (gpus > most) most = gpus }
+        END { if (NR) print cores, most + 0 }'
+}
+
+first_number() { # of 16(x2),8
+    printf '%s' "${1%%[!0-9]*}"
+}
+
+device_is_cpu() { # whether the arguments of METHOD.py say so
+    for word in "$@"; do
+        case $word in device=cpu | --set=device=cpu) return 0 ;; esac
+    done
+    return 1
+}
+
+gres=gpu
+if device_is_cpu "$@"; then
+    gres=
+fi
+needed=$((gpus_per_node * cpus_per_task))
+if command -v sinfo >/dev/null && limits=$(node_limits 2>/dev/null) && { [ -n "$limits" ] || sinfo -h >/dev/null 2>&1; }; then
+    [ -n "$limits" ] || wrong "partition $partition: no such partition; there are: $(sinfo -h -o %R | tr "\n" " ")"
+    cores=${limits% *} gpus=${limits#* }
+    [ "$needed" -le "$cores" ] ||
+        wrong "$gpus_per_node processes on a node with cpus_per_task=$cpus_per_task need $needed CPU cores;" \
+            "partition $partition has $cores on a node: lower cpus_per_task or gpus_per_node"
+    if [ "$gpus" -eq 0 ]; then
+        [ -z "$gpu_type" ] || wrong "gpu_type=$gpu_type: partition $partition has no such GPUs; sinfo -o '%P %G' lists them"
+        gres= # none are declared: the nodes have none, or a job has all of them
+    elif [ -n "$gres" ] && [ "$gpus_per_node" -gt "$gpus" ]; then
+        wrong "a node of partition $partition has $gpus GPUs at most, not $gpus_per_node: set gpus_per_node=$gpus"
+    fi
+fi
+if [ -n "${SLURM_JOB_ID:-}" ]; then # what sbatch, salloc or srun took
+    [ "${SLURM_JOB_NUM_NODES:-$nodes}" -ge "$nodes" ] ||
+        wrong "job $SLURM_JOB_ID has $SLURM_JOB_NUM_NODES nodes, not the $nodes that $num_gpu processes need:" \
+            "ask for --nodes=$nodes, or set gpus_per_node"
+    cores=$(first_number "${SLURM_JOB_CPUS_PER_NODE:-$needed}")
+    [ "$needed" -le "$cores" ] ||
+        wrong "job $SLURM_JOB_ID has $cores CPU cores on a node, and $gpus_per_node processes with" \
+            "cpus_per_task=$cpus_per_task need $needed: ask for --ntasks-per-node=$gpus_per_node" \
+            "--cpus-per-task=$cpus_per_task, or lower cpus_per_task"
+    if [ -n "$gres" ] && [ "${SLURM_GPUS_ON_NODE:-0}" -lt "$gpus_per_node" ]; then
+        wrong "job $SLURM_JOB_ID has ${SLURM_GPUS_ON_NODE:-0} GPUs on a node, not $gpus_per_node:" \
+            "ask for --gres=gpu:${gpu_type:+$gpu_type:}$gpus_per_node"
+    fi
+fi
+
+for word in "$@"; do # the last one counts, as for METHOD.py
+    case $word in --save-path=*) save=${word#*=} ;; esac
+    [ "${before:-}" != --save-path ] || save=$word
+    before=$word
+done
+
 # The processes meet at the job's first node, unless MASTER_ADDR names another.
 export MASTER_PORT="$port"
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings bury the one line that tells what failed
 set -- --partition="$partition" --job-name="$method-$dataset-$exp-$split" \
     --nodes="$nodes" --ntasks="$num_gpu" --ntasks-per-node="$gpus_per_node" \
-    --gres="gpu:$gpus_per_node" --cpus-per-task="$cpus_per_task" --kill-on-bad-exit=1 --export=ALL \
+    ${gres:+--gres="$gres:${gpu_type:+$gpu_type:}$gpus_per_node"} \
+    --cpus-per-task="$cpus_per_task" --kill-on-bad-exit=1 --export=ALL \
+    ${SLURM_STEP_ID:+--overlap} \
     "$PYTHON" -u "$method.py" --config "$config" --labeled-id-path "$labeled" \
     ${unlabeled:+--unlabeled-id-path "$unlabeled"} --save-path "$save" --port "$port" ${double:+--double-batch} "$@"
-# Outside a batch job, which alone has SLURM_JOB_ID but no SLURM_STEP_ID, there is nothing to queue again.
+# Outside a batch job, which alone has SLURM_JOB_ID but no SLURM_STEP_ID, there is nothing to queue again. In a shell
+# that srun started, --overlap shares the resources that the shell itself holds.
 if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ]; then
     exec srun "$@"
 fi
 
+mkdir -p "$save"
+started=$save/.started-$SLURM_JOB_ID # on the file system of the checkpoints, whose clock tells which are newer
+: >"$started"
 srun "$@" &
 # With `--signal=B:...` the batch script gets the signal; otherwise srun's processes do.
 wait_for "$!" USR1 TERM INT
-if [ "$status" -eq 138 ]; then # ended by SIGUSR1, after saving: see Resuming in README.md
+saved=$(find "$save/." ! -name . -prune -name '*.pth' -newer "$started")
+rm -f "$started"
+if [ "$status" -eq 138 ] && [ -z "$saved" ]; then # ended by SIGUSR1 before anything was saved
+    echo "error: job $SLURM_JOB_ID was signalled before training had saved anything: its time limit is too short" \
+        "(check_data: false shortens the start); it does not queue itself again" >&2
+    exit 2
+fi
+if [ "$status" -eq 138 ]; then # ended by SIGUSR1, after saving
     echo "saved before the time limit; job $SLURM_JOB_ID queues itself again" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi
