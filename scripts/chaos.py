@@ -146,7 +146,7 @@ def kill_in_save(run: Run, rng: random.Random) -> None:
     """SIGKILL while a checkpoint is being written."""
     run.start()
     run.wait_for_lines(rng.randint(0, 10))
-    run.wait_for(lambda: any(run.path.glob("*.pth.tmp")), pause=0.0005)
+    run.wait_for(lambda: any(run.path.glob("*.pth.*.tmp")), pause=0.0005)
     time.sleep(rng.uniform(0, 0.05))
     run.process.kill()
     run.end(-signal.SIGKILL, 0)

@@ -100,8 +100,9 @@ def test_an_interruption_leaves_no_temporary_file(tmp_path, monkeypatch):
 
 def test_what_a_killed_run_left_behind_does_not_matter(tmp_path):
     path = tmp_path / "latest.pth"
-    for name in ("latest.pth.tmp", "best.pth.tmp"):
+    for name in ("latest.pth.tmp", "best.pth.01ab23cd.tmp"):
         (tmp_path / name).write_bytes(b"half of a longer file" * 10_000)
+    tidy(tmp_path, [])
     save_checkpoint(_state(1), path)
     copy_checkpoint(path, tmp_path / "best.pth")
     assert _names(tmp_path) == ["best.pth", "latest.pth"]

@@ -24,7 +24,8 @@ from scripts import launch
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
 OURS = ("dataset", "method", "exp", "split", "config", "labeled", "unlabeled", "double_batch", "gpus_per_node",
-        "cpus_per_task", "max_restarts", "seeds", "SLURM_JOB_ID", "SLURM_STEP_ID", "PYTHON",
+        "cpus_per_task", "gpu_type", "max_restarts", "seeds", "NNODES", "NODE_RANK",
+        "SLURM_JOB_ID", "SLURM_STEP_ID", "PYTHON",
         "OMP_NUM_THREADS", "VIRTUAL_ENV", "CONDA_PREFIX", "MASTER_ADDR", "MASTER_PORT",
         "RANK", "WORLD_SIZE", "LOCAL_RANK")  # fmt: skip
 
@@ -209,6 +210,9 @@ if attempt == "0":
     assert sorted(result.stdout.split()) == ["0:0", "0:1", "1:0", "1:1"]
 
 
+NODES = ["--processes=1", "--nodes=2", "--port=29500"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -217,6 +221,10 @@ if attempt == "0":
         (["--processes", "two", "unimatch.py"], "'two'"),
         (["unimatch.py"], "--processes"),
         (["--processes", "1"], "METHOD.py"),
+        (["--processes=1", "--nodes=2", "--node-rank=2", "scripts/launch.py"], "--node-rank 2: must be from 0 to 1"),
+        (["--processes=1", "--nodes=2", "scripts/launch.py"], "several machines need --master-addr and --port"),
+        ([*NODES, "--master-addr=a.invalid", "scripts/launch.py"], "--master-addr a.invalid: "),
+        ([*NODES, "--master-addr=127.0.0.1", "--max-restarts=1", "scripts/launch.py"], "on one machine only"),
         (["--processes", "1", "no/such.py"], "no/such.py: no such file"),
         (["--processes", "1", "--port", "80", "scripts/launch.py"], "port 80 is out of range"),
         (["--processes", "1", "--port", "65536", "scripts/launch.py"], "port 65536 is out of range"),
@@ -329,6 +337,28 @@ def test_train_takes_config_and_labelled_list_of_any_dataset(project):
         "--config", "configs/my own.yaml", "--labeled-id-path", "lists/my list.txt",
         "--save-path", "exp/mine/unimatch/r101/732",
     ]  # fmt: skip
+
+
+def test_train_on_several_machines_passes_their_number_and_the_meeting_place_on(project):
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node 1"}
+    assert arguments_of(sh(project, "train.sh", 4, 29500, **nodes))[:13] == [
+        "-m", "scripts.launch", "--processes", "4", "--port", "29500",
+        "--nodes", "2", "--node-rank", "1", "--master-addr", "node 1", "unimatch.py",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        (["2", "29500"], {"NNODES": "x"}, "NNODES must be a positive number, not 'x'"),
+        (["2", "29500"], {"NNODES": "2"}, "NODE_RANK must be a number from 0 to 1, not ''"),
+        (["2", "29500"], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK must be a number from 0 to 1, not '2'"),
+        (["2", "29500"], {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is missing"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a"}, "port is missing"),
+    ],
+)
+def test_train_on_several_machines_called_wrong_says_what(project, arguments, variables, expected):
+    assert_usage_error(sh(project, "train.sh", *arguments, **variables), expected)
 
 
 def test_train_restarts_as_often_as_told(project):
@@ -530,6 +560,75 @@ def test_slurm_train_spreads_over_nodes(project, srun):
     assert "--double-batch" in words
 
 
+def sinfo(folder, *nodes, partitions="gpu"):
+    """A stand-in for sinfo: `cores gres` of each node of the partition `gpu`, and the names of all partitions."""
+    listed = "\n".join(nodes)
+    write(
+        folder / "bin/sinfo",
+        f"#!/bin/sh\ncase \"$*\" in *%R*) echo '{partitions}';; *'-p gpu '*) echo '{listed}';; esac\n",
+        0o755,
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "variables", "arguments", "gres"),
+    [
+        ("64 gpu:8", {}, [], "--gres=gpu:2"),
+        ("64+ gpu:a100:8(S:0-1)", {}, [], "--gres=gpu:2"),
+        ("64 gpu:a100:4(S:0,1),gpu:v100:4(S:1)", {"gpu_type": "v100"}, [], "--gres=gpu:v100:2"),
+        ("64 (null)", {}, [], None),
+        ("64 craynetwork:4", {}, [], None),
+        ("64 gpu:8", {}, ["--set", "device=cpu"], None),
+    ],
+)
+def test_slurm_train_asks_for_the_gpus_that_the_partition_declares(
+    project, srun, tmp_path, node, variables, arguments, gres
+):
+    sinfo(tmp_path, node)
+    result = sh(project, "slurm_train.sh", 2, 29500, "gpu", *arguments, **variables, **srun)
+    assert result.returncode == 0, result.stderr
+    words = Path(srun["RECORDED"]).read_text().splitlines()
+    assert [word for word in words if word.startswith("--gres")] == ([gres] if gres else [])
+    assert "--overlap" not in words
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_CPUS_PER_NODE": "10(x2)", "SLURM_JOB_NUM_NODES": "1"}
+
+
+@pytest.mark.parametrize(
+    ("num_gpu", "variables", "expected"),
+    [
+        (4, {}, "need 20 CPU cores; partition gpu has 16 on a node: lower cpus_per_task or gpus_per_node"),
+        (4, {"cpus_per_task": "1"}, "has 3 GPUs at most, not 4: set gpus_per_node=3"),
+        (2, {"gpu_type": "a100"}, "gpu_type=a100: partition gpu has no such GPUs"),
+        (
+            3,
+            {**JOB, "SLURM_GPUS_ON_NODE": "3"},
+            "need 15: ask for --ntasks-per-node=3 --cpus-per-task=5",
+        ),
+        (2, {**JOB, "SLURM_GPUS_ON_NODE": "1"}, "job 7 has 1 GPUs on a node, not 2: ask for --gres=gpu:2"),
+        (6, {**JOB, "gpus_per_node": "3", "cpus_per_task": "1"}, "has 1 nodes, not the 2 that 6 processes need"),
+    ],
+)
+def test_slurm_train_says_what_a_node_or_a_job_has_too_few_of(project, srun, tmp_path, num_gpu, variables, expected):
+    sinfo(tmp_path, "8 gpu:2", "16 gpu:v100:3")
+    result = sh(project, "slurm_train.sh", num_gpu, 29500, "gpu", **variables, **srun)
+    assert_usage_error(result, expected)
+    assert not Path(srun["RECORDED"]).exists()
+
+
+def test_slurm_train_names_the_partitions_that_there_are(project, srun, tmp_path):
+    sinfo(tmp_path, "8 gpu:2", partitions="gpu long")
+    result = sh(project, "slurm_train.sh", 2, 29500, "gpus", **srun)
+    assert_usage_error(result, "partition gpus: no such partition; there are: gpu long")
+
+
+def test_slurm_train_in_a_shell_that_srun_started_shares_its_resources(project, srun):
+    variables = {**JOB, "SLURM_GPUS_ON_NODE": "2"}
+    assert sh(project, "slurm_train.sh", 2, 29500, "gpu", **variables, **srun).returncode == 0
+    assert "--overlap" in Path(srun["RECORDED"]).read_text().splitlines()
+
+
 def test_slurm_trains_exit_status_is_that_of_srun(project, srun):
     write(project / "unimatch.py", "import os, sys\nsys.exit(4 * int(os.environ['SLURM_PROCID']))\n")
     assert sh(project, "slurm_train.sh", 2, 29500, "gpu", PYTHON=sys.executable, **srun).returncode == 4
@@ -562,6 +661,16 @@ def test_slurm_train_without_slurm_names_the_other_launcher(project, tmp_path):
     assert_usage_error(result, "srun not found", "scripts/train.sh")
 
 
+SAVES = """
+import pathlib, sys, time
+time.sleep(0.05)  # file times have the kernel's ticks
+path = pathlib.Path(sys.argv[len(sys.argv) - sys.argv[::-1].index("--save-path")])
+path.mkdir(parents=True, exist_ok=True)
+(path / "midway.pth").write_text("")
+raise SystemExit(138)
+"""
+
+
 @pytest.fixture
 def job(project, srun, tmp_path):
     """Run slurm_train.sh as a batch job, in which each process ends with a status; what was told to scontrol."""
@@ -569,11 +678,11 @@ def job(project, srun, tmp_path):
     write(tmp_path / "bin/scontrol", f"#!/bin/sh\necho \"$*\" >>'{told}'\n", 0o755)
     shutil.copy(project / "scripts/slurm_train.sh", tmp_path / "slurm_script")  # sbatch runs a copy
 
-    def job(body, **variables):
+    def job(body, arguments=(), **variables):
         write(project / "unimatch.py", body)
         result = run(
-            "sh", tmp_path / "slurm_script", 2, 29500, "gpu", cwd=tmp_path, PYTHON=sys.executable,
-            SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(project), **srun, **variables,
+            "sh", tmp_path / "slurm_script", 2, 29500, "gpu", *arguments, cwd=tmp_path, PYTHON=sys.executable,
+            SLURM_JOB_ID="77", SLURM_GPUS_ON_NODE="2", SLURM_SUBMIT_DIR=str(project), **srun, **variables,
         )  # fmt: skip
         return result, told.read_text() if told.exists() else ""
 
@@ -581,9 +690,24 @@ def job(project, srun, tmp_path):
 
 
 def test_a_batch_job_that_was_saved_before_its_time_limit_queues_itself_again(job):
-    result, told = job("raise SystemExit(138)")
+    result, told = job(SAVES)
     assert (result.returncode, told) == (138, "requeue 77\n")
     assert "job 77 queues itself again" in result.stderr
+
+
+def test_a_batch_job_that_saved_nothing_before_its_time_limit_does_not(job, project):
+    saved = write(project / "exp/pascal/unimatch/r101/732/latest.pth", "of an earlier job")
+    os.utime(saved, (1, 1))
+    result, told = job("raise SystemExit(138)")
+    assert (result.returncode, told) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: job 77 was signalled before training had saved anything: its time limit")
+    assert [path.name for path in saved.parent.iterdir()] == ["latest.pth"]
+
+
+def test_a_batch_job_looks_for_checkpoints_in_the_save_path_that_its_arguments_name(job, tmp_path):
+    result, told = job(SAVES, arguments=["--save-path", tmp_path / "else where", "--set", "a=b"])
+    assert (result.returncode, told) == (138, "requeue 77\n")
 
 
 @pytest.mark.parametrize("status", [0, 2, 3, 143])
@@ -593,7 +717,7 @@ def test_a_batch_job_that_ends_otherwise_does_not(job, status):
 
 
 def test_a_step_of_a_job_is_not_queued_again(job):
-    result, told = job("raise SystemExit(138)", SLURM_STEP_ID="0")
+    result, told = job(SAVES, SLURM_STEP_ID="0")
     assert (result.returncode, told) == (138, "")
 
 
@@ -601,6 +725,7 @@ def test_a_signal_to_the_batch_script_reaches_srun(job, tmp_path):
     """As sbatch --signal=B:USR1@120 sends it."""
     write(tmp_path / "bin/srun", """#!/bin/sh
 trap 'exit 138' USR1
+for save; do case $last in --save-path) mkdir -p "$save" && echo >"$save/midway.pth" ;; esac; last=$save; done
 kill -USR1 "$PPID"
 while :; do sleep 0.1; done
 """, 0o755)  # fmt: skip

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from model import read_checkpoint
 from tests.helpers import PROJECT_ROOT
 from util import lock
+from util.checkpoint import copy_checkpoint, save_checkpoint, writing
 from util.errors import SavePathError
-from util.lock import LOCK_FILE, locked
+from util.lock import LOCK_FILE, check_lock, locked
+from util.log import RunLog
+from util.run_files import LOG_FILE
 
 HOLDER = """
 import sys, time
@@ -132,8 +136,44 @@ def test_a_lock_file_without_an_owner_does_not_matter(tmp_path, content):
         assert notes == []
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_run_whose_lock_was_taken_over_writes_nothing_more(tmp_path, in_place):
+    """As after SIGSTOP, minutes, another machine's start, and SIGCONT; `in_place`: the file system has no locks."""
+    best = tmp_path / "best.pth"
+    other = {**lock._own(), "pid": 77, "host": "node7", "since": "2026-01-02 03:04:05"}
+    with locked(tmp_path):
+        save_checkpoint({"weights": 1}, best)
+        check_lock(tmp_path)
+        check_lock(tmp_path / "elsewhere")  # never locked
+        with pytest.raises(SavePathError) as caught, writing(best) as temporary:
+            temporary.write_bytes(b"old")
+            if not in_place:
+                (tmp_path / LOCK_FILE).unlink()
+            (tmp_path / LOCK_FILE).write_text(json.dumps(other))
+        line = str(caught.value)
+        assert "took over (process 77 on node7, since 2026-01-02 03:04:05) while this one was suspended" in line
+        assert "\n" not in line
+        for write in (lambda: save_checkpoint({}, best), lambda: copy_checkpoint(best, tmp_path / "latest.pth")):
+            with pytest.raises(SavePathError, match="took over"):
+                write()
+        assert read_checkpoint(best) == {"weights": 1}
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == 77  # the other one's lock stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", LOCK_FILE]
+
+
+def test_a_suspended_run_that_lost_its_lock_logs_nothing_more(tmp_path):
+    with locked(tmp_path), RunLog(tmp_path, True) as log:
+        log.info("mine")
+        (tmp_path / LOCK_FILE).unlink()
+        for write in (lambda: log.info("no"), lambda: log.progress("no"), lambda: log.scalars({"loss": 1.0}, 1)):
+            with pytest.raises(SavePathError, match=r"took over \(it has ended since\)"):
+                write()
+        log.stopped("no")
+    assert (tmp_path / LOG_FILE).read_text().count("\n") == 1
+
+
 def test_a_run_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     with locked(tmp_path):
         os.utime(tmp_path / LOCK_FILE, (0, 0))
         deadline = time.monotonic() + 30

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 
-from dataset.atomic import replacing
+from dataset.atomic import replacing, sync
 from util.errors import CheckpointError
+from util.lock import check_lock
 from util.run_files import BEST, CONFIG_FILE, EPOCHS, LATEST, MID_EPOCH, PREVIOUS, RESULTS
 
+_TOKEN = secrets.token_hex(4)
 # What an optimiser keeps of each parameter, in the parameter's shape.
 MOMENTA = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 CHOICES = (
@@ -36,11 +39,16 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary path for a file of the save path, which it replaces once it is written and on the disk.
 
-    Raises CheckpointError if the disk refuses.
+    Raises CheckpointError if the disk refuses, SavePathError if another run has taken over the folder.
     """
+    check_lock(path.parent)
+    # A name of this process alone: a run that was suspended may still be writing its own.
+    temporary = path.with_name(f"{path.name}.{_TOKEN}.tmp")
     try:
-        with replacing(path, durable=True, temporary=path.with_name(path.name + ".tmp")) as temporary:
+        with replacing(path, durable=True, temporary=temporary):
             yield temporary
+            sync(temporary)  # so that nothing after the check takes long: a run may be suspended at any moment
+            check_lock(path.parent)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({_reason(error)}); earlier ones are intact") from None
 
@@ -87,7 +95,8 @@ def tidy(save_path: Path, damaged: Iterable[Path]) -> None:
     for path in damaged:
         path.rename(aside_name(path))
     for name in (LATEST, PREVIOUS, BEST, MID_EPOCH, CONFIG_FILE):
-        _remove(save_path / f"{name}.tmp")
+        for path in save_path.glob(f"{name}*.tmp"):
+            _remove(path)
 
 
 def set_aside(save_path: Path) -> Path | None:

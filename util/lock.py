@@ -1,4 +1,4 @@
-"""One run at a time in a save path: a lock file that says whose it is, and that a crash cannot leave shut."""
+"""One run at a time in a save path: a lock file that names its owner and that a crash cannot leave locked."""
 
 from __future__ import annotations
 
@@ -18,35 +18,60 @@ from typing import Any, TextIO
 from util.errors import SavePathError
 
 LOCK_FILE = "run.lock"
-BEAT = 30  # seconds between two signs of life, the file's time of change
-# Where another machine's locks are not to be seen, such as on some network file systems, its signs of life count.
-STALE = 300  # seconds
+HEARTBEAT = 30  # seconds between two heartbeats: the lock file's modification time
+# Some network file systems do not show another machine's locks. Then its heartbeats count.
+STALE = 300  # seconds without a heartbeat
+
+_held: dict[Path, tuple[TextIO, str]] = {}  # this process's locks: the open file, and what it wrote there
 
 
 @contextlib.contextmanager
 def locked(save_path: Path) -> Iterator[list[str]]:
-    """Hold the lock of `save_path`; yields what there is to say, one line where a dead run's lock is taken over.
+    """Hold the lock of `save_path`; yields notes for the log: a line where a dead run's lock is taken over.
 
     Raises SavePathError, which names the other run's machine and process, while another run has it. A run is dead if
-    it was on this machine and its process is gone, or on another one and has given no sign of life for minutes.
+    its process on this machine is gone, or if it ran on another machine and sent no heartbeat for minutes.
     """
     path = save_path / LOCK_FILE
-    file, notes = _acquire(path)
+    file, own, notes = _acquire(path)
+    key = save_path.resolve()
+    _held[key] = file, own
     stopped = threading.Event()
-    beats = threading.Thread(target=_beat, args=(file.fileno(), stopped), daemon=True, name="lock")
-    beats.start()
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(key, stopped), daemon=True, name="lock")
+    heartbeat.start()
     try:
         yield notes
     finally:
         stopped.set()
-        beats.join()
+        heartbeat.join()
         with contextlib.suppress(OSError):
-            if _is_at(file, path):
+            if _is_own(path, file, own):
                 path.unlink()
+        del _held[key]
         file.close()
 
 
-def _acquire(path: Path) -> tuple[TextIO, list[str]]:
+def check_lock(save_path: Path) -> None:
+    """Raise SavePathError if this process has held the lock of `save_path` and another run has taken it over.
+
+    That happens to a run that was suspended for minutes. Call it before each write there. A process that has not
+    locked the folder passes.
+    """
+    key = save_path.resolve()
+    if key not in _held or _is_own(key / LOCK_FILE, *_held[key]):
+        return
+    try:
+        # Not through a second open file unless the lock is lost: closing that would free a POSIX lock.
+        owner = json.loads((key / LOCK_FILE).read_text(encoding="utf-8"))
+        by = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        by = "it has ended since"
+    raise SavePathError(
+        f"{save_path}: another run took over ({by}) while this one was suspended; this one ends and writes nothing more"
+    )
+
+
+def _acquire(path: Path) -> tuple[TextIO, str, list[str]]:
     notes: list[str] = []
     try:
         while True:
@@ -67,14 +92,15 @@ def _acquire(path: Path) -> tuple[TextIO, list[str]]:
                     f"note: a run of {owner['since']} (process {owner['pid']} on {owner['host']}) ended without giving "
                     "the save path free; this one takes over"
                 )
-            if not free:  # by a machine that is gone: a new file has no lock
+            if not free:  # by a machine that is gone or suspended: a new file has no lock
                 path.unlink()
                 file.close()
                 continue
+            own = json.dumps(_own())
             file.truncate(0)
-            file.write(json.dumps(_own()))
+            file.write(own)
             file.flush()
-            return file, notes
+            return file, own, notes
     except OSError as error:
         raise SavePathError(f"{path}: cannot be locked: {error.strerror}") from None
 
@@ -92,7 +118,7 @@ def _is_alive(owner: dict[str, Any], path: Path, free: bool) -> bool:
     own = _own()
     if (owner["host"], owner["boot"]) == (own["host"], own["boot"]):
         return not free or (owner["pid"] != own["pid"] and owner["start"] == _start_time(owner["pid"]))
-    with tempfile.TemporaryFile(dir=path.parent) as now:  # by the clock of the file system, as the other's signs are
+    with tempfile.TemporaryFile(dir=path.parent) as now:  # by the clock of the file system, as heartbeats are
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime < STALE
 
 
@@ -146,7 +172,18 @@ def _is_at(file: TextIO, path: Path) -> bool:
         return False
 
 
-def _beat(handle: int, stopped: threading.Event) -> None:
-    while not stopped.wait(BEAT):
+def _is_own(path: Path, file: TextIO, own: str) -> bool:
+    """Whether the lock file is still the one of this process, unchanged."""
+    try:
+        # Without locks of the file system another run writes into the same file.
+        return _is_at(file, path) and os.pread(file.fileno(), len(own) + 1, 0).decode(errors="replace") == own
+    except OSError:  # such as a network file system that is away for a moment: the write itself will tell
+        return True
+
+
+def _send_heartbeats(key: Path, stopped: threading.Event) -> None:
+    while not stopped.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
-            os.utime(handle)
+            file, own = _held[key]
+            if _is_own(key / LOCK_FILE, file, own):
+                os.utime(file.fileno())

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.errors import SavePathError
+from util.lock import check_lock
 from util.run_files import LOG_FILE
 
 
@@ -64,6 +65,7 @@ class RunLog:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Points of TensorBoard curves, on their way to the disk at once: a run that is killed has them."""
         if self.active:
+            check_lock(self._folder)
             with self._writing("TensorBoard's file"):
                 for tag, value in values.items():
                     self._writer.add_scalar(tag.encode("utf-8", "backslashreplace").decode(), value, step)
@@ -76,6 +78,7 @@ class RunLog:
     def _write(self, text: str, on_screen: bool) -> None:
         if not self.active:
             return
+        check_lock(self._folder)
         with self._writing(LOG_FILE):
             print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self._file, flush=True)
         if on_screen:

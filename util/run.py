@@ -25,7 +25,13 @@ from model import build_model, check_pretrained
 from util.checkpoint import set_aside, tidy, writing
 from util.config import Config, check_batch, for_method, has_teacher, load_config, resolve_path, to_dict
 from util.distributed.group import process_group
-from util.distributed.launch import Processes, choose_device, find_processes, local_process_count
+from util.distributed.launch import (
+    Processes,
+    choose_device,
+    find_processes,
+    launcher_keeps_store,
+    local_process_count,
+)
 from util.errors import ConfigError
 from util.lists import Lists, describe_doubts, find_lists, identify
 from util.lock import locked
@@ -34,6 +40,7 @@ from util.precision import check_precision, describe_precision, set_precision
 from util.resume import Found, find_checkpoint
 from util.run_files import CONFIG_FILE, LOG_FILE
 from util.schedule import build_optimizer
+from util.signals import outside_training
 from util.teacher import Teacher
 
 
@@ -134,13 +141,14 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
     if getattr(args, "double_batch", False):
         cfg, note = _double_batch(cfg, args.overrides, processes.count)
         notes.append(note)
-    device = choose_device(cfg.device, processes)
-    check_precision(cfg, device)
-    lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)
-    unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
-    check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
-    save_path, found = Path(args.save_path), Found(None)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(outside_training(processes.rank, not launcher_keeps_store()))
+        device = choose_device(cfg.device, processes)
+        check_precision(cfg, device)
+        lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)
+        unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
+        check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
+        save_path, found = Path(args.save_path), Found(None)
         if processes.is_main:
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
+from util.errors import Interrupted, Silenced
+
 Item = TypeVar("Item")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the process with one line: there is nothing to save. `StopSignals` goes before it.
+
+    srun's status is the highest of its processes, and once one has failed it ends the others by SIGTERM: so these end
+    with a lower status than the one that failed. Where all get SIGTERM process 0 ends with that signal's status.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGTERM and rank > 0 and under_srun:
+            raise Silenced("ended by srun, after another process failed")
+        raise Interrupted(number, f"ended by {signal.Signals(number).name} while it was not training: nothing to save")
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:

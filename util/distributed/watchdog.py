@@ -84,7 +84,7 @@ class Watchdog:
         """
         self._failed.set()
         self._store.seconds = ANSWER
-        if isinstance(error, Interrupted):  # all agreed on it
+        if isinstance(error, (Interrupted, Silenced)):  # all agreed on it, or will learn of it elsewhere
             return error
         disconnected = _is_disconnection(error)
         try:
@@ -202,4 +202,5 @@ def _is_disconnection(error: Exception) -> bool:
     """Whether an operation between processes failed for want of another one; torch has no one type for that."""
     text = str(error).lower()
     words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
-    return isinstance(error, StoreLost) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+    by_torch = isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped)
+    return isinstance(error, StoreLost) or (by_torch and any(word in text for word in words))
