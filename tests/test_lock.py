@@ -19,6 +19,8 @@ from util import lock
 from util.checkpoint import copy_checkpoint, save_checkpoint, writing
 from util.errors import SavePathError
 from util.lock import LOCK_FILE, check_lock, locked
+from util.log import RunLog
+from util.run_files import LOG_FILE
 
 HOLDER = """
 import sys, time
