@@ -409,11 +409,10 @@ def test_a_damaged_checkpoint_without_an_earlier_one_is_refused(data, interrupte
 @pytest.mark.parametrize(
     ("state", "missing"),
     [
-        ({"model": {"weight": torch.ones(1)}, "optimizer": {}, "epoch": 3, "previous_best": 70.0}, "iteration, config"),
         ({"module.weight": torch.ones(1)}, "model, optimizer, epoch, iteration, previous_best, config"),
         ([1, 2], "model, optimizer, epoch, iteration, previous_best, config"),
     ],
-    ids=["of the release", "a bare state dict", "a list"],
+    ids=["a bare state dict", "a list"],
 )
 def test_a_checkpoint_of_another_format_is_refused(data, tmp_path, state, missing, capsys):
     torch.save(state, tmp_path / "latest.pth")

@@ -117,6 +117,11 @@ class Config:
     pretrained: bool | str = _key(
         "true: pretrained/BACKBONE.pth; false: from scratch; or the path of a weights file", True
     )
+    init_from: str | None = _setting(
+        "start from the weights of this segmentation checkpoint (other classes allowed) instead of `pretrained`; a run "
+        "that is continued does not read it",
+        None,
+    )
     replace_stride_with_dilation: tuple[bool, bool, bool] = _key(
         "for the last three stages; [false, false, true] is output stride 16, [false, true, true] is 8",
         (False, False, True),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from model import read_checkpoint
 from util.checkpoint import CHOICES, aside_name
 from util.config import Config, differing_keys
 from util.errors import CheckpointError
+from util.release import adopt, is_release
 from util.run_files import BEST, EPOCHS, LATEST, MID_EPOCH, PREVIOUS
 
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
@@ -34,23 +35,27 @@ class Found:
     damaged: tuple[Path, ...] = ()
 
 
-def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], processes: int = 1) -> Found:
+def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], processes: int = 1, steps: int = 0) -> Found:
     """What to continue from: the newest checkpoint that is whole; its path is None for a fresh run.
 
-    `run` says what shapes training besides the config: method and lists. A checkpoint within an epoch serves only the
-    number of `processes` that wrote it. Raises CheckpointError where the settings differ, and where `latest.pth` is
-    damaged and nothing is left to fall back to. Nothing is changed here.
+    `run` says what shapes training besides the config: method and lists. A mid-epoch checkpoint serves only the number
+    of `processes` that wrote it. `steps` of an epoch place a checkpoint of the published code. Raises CheckpointError
+    where the settings differ, and where `latest.pth` is damaged and nothing is left to fall back to. Changes nothing.
     """
     damaged: list[Path] = []
     notes: list[str] = []
+
+    def read(path: Path) -> dict[str, Any] | None:
+        return _read_whole(path, damaged, lambda state: as_ours(state, cfg, run, steps))
+
     earlier = sorted(save_path.glob(EPOCHS), reverse=True)
     whole: dict[Path, dict[str, Any]] = {}
     for path in (save_path / LATEST, save_path / PREVIOUS, *earlier, save_path / BEST):
-        if state := _read_whole(path, damaged):
+        if state := read(path):
             whole[path] = state
             break
     mid_epoch = save_path / MID_EPOCH
-    state = _read_whole(mid_epoch, damaged)
+    state = read(mid_epoch)
     if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
         _check_settings(mid_epoch, state, cfg, run)
         if state["processes"] == processes:
@@ -69,7 +74,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         path, first_step = None, 0
     else:
         ((path, state),) = whole.items()
-        _check_settings(path, state, cfg, run)
+        notes += _check_settings(path, state, cfg, run)
         # Within an epoch the curves of its last step are still to be written.
         first_step = state["iteration"] - ("position" in state)
     notes += [
@@ -80,7 +85,12 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
     return Found(path, first_step, tuple(notes), tuple(damaged))
 
 
-def _read_whole(path: Path, damaged: list[Path]) -> dict[str, Any] | None:
+def as_ours(state: Any, cfg: Config, run: Mapping[str, str], steps: int) -> Any:
+    """What a checkpoint file holds; that of the published code in our form."""
+    return adopt(state, cfg, run, steps) if is_release(state) else state
+
+
+def _read_whole(path: Path, damaged: list[Path], convert: Callable[[Any], Any]) -> dict[str, Any] | None:
     """What tells a checkpoint's place and settings; None if there is no such file, or it is put among the `damaged`."""
     try:
         open(path, "rb").close()
@@ -91,7 +101,7 @@ def _read_whole(path: Path, damaged: list[Path]) -> dict[str, Any] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-        state = None if broken else read_checkpoint(path)
+        state = None if broken else convert(read_checkpoint(path))
     except Exception:  # zipfile raises whatever its parser meets in damaged bytes
         state = None
     if state is None:
@@ -102,16 +112,26 @@ def _read_whole(path: Path, damaged: list[Path]) -> dict[str, Any] | None:
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed: it has no {', '.join(missing)} {CHOICES}")
     check_kinds(path, state)
-    return {key: value for key, value in state.items() if key not in ("model", "optimizer", "metrics")}
+    return {key: value for key, value in state.items() if key not in ("model", "optimizer", "metrics", "teacher")}
 
 
-def _check_settings(path: Path, state: Mapping[str, Any], cfg: Config, run: Mapping[str, str]) -> None:
+def _check_settings(path: Path, state: Mapping[str, Any], cfg: Config, run: Mapping[str, str]) -> list[str]:
+    """Raise CheckpointError if the checkpoint was trained otherwise. Returns notes on what may differ and does."""
+    notes = [f"note: {path} is {state['note']}"] if "note" in state else []
     # Checkpoints of earlier versions do not tell the validation list.
-    saved = {"validation list": run.get("validation list"), **state["run"]}
-    differing = [f"{key}: {saved.get(key)} -> {value}" for key, value in run.items() if saved.get(key) != value]
-    differing += differing_keys(state["config"], cfg)
+    saved_run, saved = {"validation list": run.get("validation list"), **state["run"]}, {**state["config"]}
+    epochs = saved.get("epochs")
+    if isinstance(epochs, int) and cfg.epochs > epochs:
+        saved["epochs"] = cfg.epochs
+        notes.append(
+            f"note: epochs is raised from {epochs} to {cfg.epochs}: from here on the learning rate follows the longer "
+            f"schedule, so the end is not that of a run of {cfg.epochs} epochs from the start"
+        )
+    differing = [f"{key}: {saved_run.get(key)} -> {value}" for key, value in run.items() if saved_run.get(key) != value]
+    differing += differing_keys(saved, cfg)
     if differing:
         raise CheckpointError(f"{path}: was trained with other settings ({'; '.join(differing)}) {CHOICES}")
+    return notes
 
 
 def check_kinds(path: Path, state: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from util.distributed.launch import (
     local_process_count,
 )
 from util.errors import ConfigError
+from util.init_from import check_start, load_start
 from util.lists import Lists, describe_doubts, find_lists, identify
 from util.lock import locked
 from util.log import RunLog
@@ -70,8 +71,11 @@ class Run:
         return self.cfg.batch_size * self.processes.count * (1 if self.lists.unlabeled is None else 2)
 
     def build_model(self) -> nn.Module:
-        """The model, with ImageNet weights if the config says so and no checkpoint is going to replace them."""
-        model = build_model(self.cfg, pretrained=self.checkpoint is None)
+        """The model, with the weights that the config starts from unless a checkpoint is going to replace them."""
+        fresh, start = self.checkpoint is None, self.cfg.init_from
+        model = build_model(self.cfg, pretrained=fresh and not start)
+        if fresh and start:
+            load_start(model, start)
         return set_precision(model.to(self.device), self.cfg)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -96,16 +100,7 @@ class Run:
             strong_views,
             cfg.photometry,
         )
-        sampler = EpochSampler(
-            len(self.lists.labeled),
-            None if self.lists.unlabeled is None else len(self.lists.unlabeled),
-            cfg.batch_size,
-            cfg.seed,
-            self.processes.rank,
-            self.processes.count,
-            cfg.cutmix_partner,
-            cfg.supervised_epoch,
-        )
+        sampler = _sampler(cfg, self.lists, self.processes)
         return train_loader(dataset, sampler, loader_options(cfg, self.device), cfg.on_bad_image == "skip")
 
     def val_loader(self) -> DataLoader:
@@ -120,6 +115,13 @@ class Run:
 
     def _source(self) -> DataSource:
         return DataSource(resolve_path(self.cfg.data_root), self.cfg.label_map, self.cache)
+
+
+def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
+    unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
+    place = (processes.rank, processes.count)
+    batch = (cfg.batch_size, cfg.seed)
+    return EpochSampler(len(lists.labeled), unlabeled, *batch, *place, cfg.cutmix_partner, cfg.supervised_epoch)
 
 
 def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
@@ -153,11 +155,11 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))
         if args.resume == "auto":
-            found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count)
+            steps = len(_sampler(cfg, lists, processes)) // cfg.batch_size
+            found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
             notes += found.notes
         if processes.is_main:
-            if found.path is None:
-                check_pretrained(cfg)
+            notes += _check_start(cfg, found)
             if cfg.check_data:
                 notes += _check_data(cfg, lists)
             if args.resume == "never" and (aside := set_aside(save_path)):
@@ -187,6 +189,17 @@ def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tupl
         return replace(cfg, reference_batch=2 * cfg.reference_batch), note
     cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
     return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
+
+
+def _check_start(cfg: Config, found: Found) -> list[str]:
+    """Check the weights that a fresh run starts from. Raises WeightsError; returns lines for the log."""
+    if found.path is not None:
+        unread = f"init_from: {cfg.init_from} is not read, since the run continues from {found.path}"
+        return [unread] if cfg.init_from else []
+    if cfg.init_from:
+        return [check_start(cfg)]
+    check_pretrained(cfg)
+    return []
 
 
 def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:

@@ -13,6 +13,7 @@ from model import load_checkpoint_state
 from util.checkpoint import load_optimizer
 from util.distributed.ddp import unwrap
 from util.precision import build_scaler
+from util.release import without_frozen
 from util.run import Run
 from util.teacher import Teacher
 from util.train.nonfinite import NonFiniteGuard
@@ -80,7 +81,7 @@ class OptimizerStep:
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Take up what `state` holds. Raises WeightsError or CheckpointError, which name the file `path`."""
         load_checkpoint_state(unwrap(self.model), state, path)
-        load_optimizer(self.optimizer, state["optimizer"], path)
+        load_optimizer(self.optimizer, without_frozen(state["optimizer"], unwrap(self.model)), path)
         if "scaler" in state:
             self._scaler.load_state_dict(state["scaler"])
         if self.teacher:

@@ -15,6 +15,7 @@ from util.config import to_dict
 from util.distributed.collectives import DelayedMax, gather
 from util.distributed.ddp import unwrap
 from util.errors import EARLIER_KEPT, CheckpointError, Interrupted, TrainingStopped
+from util.resume import as_ours
 from util.run import Run
 from util.run_files import MID_EPOCH
 from util.signals import StopSignals
@@ -43,7 +44,9 @@ class Saver:
     def resume(self) -> None:
         """Load the run's checkpoint, if there is one, and say where training stands."""
         run, progress = self._run, self._progress
-        state = read_checkpoint(run.checkpoint) if run.checkpoint else None
+        state = None
+        if run.checkpoint:
+            state = as_ours(read_checkpoint(run.checkpoint), run.cfg, run.identity, progress.steps)
         iterations = gather(torch.tensor(state["iteration"] if state else 0, device=run.device))
         if len(iterations.unique()) > 1:
             raise CheckpointError(

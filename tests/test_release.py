@@ -1,0 +1,100 @@
+"""A run of the published code, continued: its checkpoint counts as one of ours after the same epochs."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import supervised
+from tests.helpers import make_dataset
+from util.config import Config
+from util.release import adopt, is_release, without_frozen
+from util.schedule import build_optimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_run_of_the_release_goes_on_at_its_next_epoch_to_the_same_end(tmp_path, capsys):
+    data = make_dataset(tmp_path / "data", labeled=4, unlabeled=1, val=1)
+    arguments = ["--set", "epochs=2"]
+    supervised.main([*data.arguments(tmp_path / "whole"), *arguments])
+    state = torch.load(tmp_path / "whole" / "previous.pth", weights_only=True)
+    release = {
+        "model": {f"module.{name}": tensor for name, tensor in state["model"].items()},
+        "optimizer": state["optimizer"],
+        "epoch": 0,
+        "previous_best": np.float64(state["previous_best"]),
+    }
+    path = tmp_path / "run"
+    path.mkdir()
+    torch.save(release, path / "latest.pth")
+    capsys.readouterr()
+    supervised.main([*data.arguments(path), *arguments])
+    out = capsys.readouterr().out
+    assert f"note: {path}/latest.pth is a checkpoint of the published code after 1 epochs" in out
+    assert re.search(r"1 of 2 epochs are done, best mIoU \d+\.\d\d\n", out)
+    whole, continued = (torch.load(folder / "latest.pth", weights_only=True) for folder in (tmp_path / "whole", path))
+    assert continued["epoch"] == 2 and continued["previous_best"] == whole["previous_best"]
+    assert all(torch.equal(tensor, continued["model"][name]) for name, tensor in whole["model"].items())
+    for number, values in whole["optimizer"]["state"].items():
+        assert torch.equal(values["momentum_buffer"], continued["optimizer"]["state"][number]["momentum_buffer"])
+    for folder in (tmp_path / "whole", path):
+        shutil.rmtree(folder)
+
+
+class _Net(nn.Module):
+    """Some parameters of either group never get a gradient, as in DPT on DINOv2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ParameterList(nn.Parameter(torch.full((k,), float(k))) for k in (1, 2, 3))
+        self.head = nn.ParameterList(nn.Parameter(torch.full((k,), float(k))) for k in (4, 5, 6))
+        self.unused = (self.backbone[1], self.head[0])
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        unused = {id(p) for p in self.unused}
+        sum(p.square().sum() for p in self.parameters() if id(p) not in unused).backward()
+        optimizer.step()
+
+
+def test_parameters_without_a_gradient_are_taken_out_of_the_releases_optimizer():
+    """Its groups hold them; ours do not. The next step is the same."""
+    theirs, ours = _Net(), _Net()
+    optimizer = build_optimizer(theirs, 0.1, 2, kind="adamw")
+    theirs.step(optimizer)
+    ours.load_state_dict(theirs.state_dict())
+    for parameter in ours.unused:
+        parameter.requires_grad_(False)
+    own = build_optimizer(ours, 0.1, 2, kind="adamw")
+    own.load_state_dict(without_frozen(copy.deepcopy(optimizer.state_dict()), ours))
+    theirs.step(optimizer)
+    ours.step(own)
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+    state = own.state_dict()
+    assert without_frozen(state, ours) is state  # of our own, nothing is taken out
+
+
+@pytest.mark.parametrize("state", [{}, {"param_groups": 3, "state": {}}, {"param_groups": [1], "state": 2}, [1]])
+def test_what_is_no_optimizers_state_is_left_for_the_loader_to_refuse(state):
+    net = _Net()
+    net.unused[0].requires_grad_(False)
+    assert without_frozen(state, net) is state
+
+
+def test_v2s_checkpoint_brings_its_teacher_whose_best_is_followed():
+    state = {"model": {}, "model_ema": {"module.a": torch.ones(1)}, "optimizer": {}, "epoch": 4, "best_epoch": 1}
+    state |= {"previous_best": 50.0, "previous_best_ema": 60.0, "best_epoch_ema": 2}
+    assert is_release(state)
+    values = {"data_root": "data", "val_id_path": "val.txt", "classes": ("a", "b"), "crop_size": 28, "epochs": 9}
+    cfg = Config(dataset="tiny", batch_size=2, lr=0.1, model="dpt", backbone="dinov2_small", **values)
+    ours = adopt(state, cfg, {"method": "unimatch_v2"}, steps=10)
+    assert (ours["epoch"], ours["iteration"], ours["previous_best"], ours["best_epoch"]) == (5, 50, 60.0, 3)
+    assert ours["teacher"] is state["model_ema"] and int(ours["teacher_updates"]) == 50
+    assert not is_release(ours)
