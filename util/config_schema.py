@@ -152,6 +152,10 @@ class Config:
     compile: bool = _setting(
         "torch.compile the model; its first steps take minutes, and it needs a C++ compiler", False
     )
+    deterministic: bool = _setting("same bits in every run on the same GPU and versions; slower", False)
+    tf32: bool | None = _setting(
+        "let GPUs round float32 products to 10 bits of fraction; default: PyTorch's, in convolutions only", None
+    )
     checkpoint_activations: Literal["none", "backbone", "all"] = _setting(
         "what is computed again in the backward pass instead of kept in memory; gradients are the same", "none"
     )

@@ -22,6 +22,7 @@ from dataset.loader import LoaderOptions, default_workers, train_loader, val_loa
 from dataset.semi import EpochSampler, TrainDataset
 from dataset.source import DataSource
 from model import build_model, check_pretrained
+from util.backends import set_backends
 from util.checkpoint import set_aside, tidy, writing
 from util.config import Config, check_batch, for_method, has_teacher, load_config, resolve_path, to_dict
 from util.distributed.group import process_group
@@ -147,6 +148,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         stack.enter_context(outside_training(processes.rank, not launcher_keeps_store()))
         device = choose_device(cfg.device, processes)
         check_precision(cfg, device)
+        set_backends(cfg)
         lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)
         unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
         check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.packing import to_device
+from util.backends import without_benchmark
 from util.distributed.ddp import unwrap
 from util.evaluate import Result, evaluate
 from util.log import peak_memory_gb
@@ -59,9 +60,10 @@ def fit(
             if (progress.epoch + 1) % cfg.eval_interval == 0 or progress.epoch + 1 == cfg.epochs:
                 for name, network in _evaluated(cfg.evaluate, model, teacher):
                     images = signals.cut(val_loader)
-                    results[name] = evaluate(
-                        evaluation_copy(network), images, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
-                    )
+                    with without_benchmark():
+                        results[name] = evaluate(
+                            evaluation_copy(network), images, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
+                        )
                     saver.stop_if_asked()  # a signal cut the evaluation short, so its result is not one
             first = next(iter(results.values()), None)  # best.pth follows it
             improved = progress.finish_epoch(first.miou if first is not None else None)
