@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dataset.semi import Partner, UnlabeledViews
 from model import BACKBONES
 from supervised import main as supervised
 from tests.helpers import make_dataset, make_model, model_config, reference_batch
@@ -77,22 +78,18 @@ def test_losses_and_confidence_of_16_bit_logits_are_computed_in_float32(dtype):
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_a_step_on_a_gpu_with_every_option_reads_nothing_back(amp):
+    real = reference_batch(20230, 0, 2, dtype=torch.float32)[1]
     with FakeTensorMode(), GPU:
         model = _model(amp=amp, checkpoint_activations="all")
         for p in model.parameters():
             if p.ndim == 4:  # Module.to(memory_format=...) refuses fake parameters
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
-        views = _fake_views()
-        partner = views._replace(weak=views.weak[:1], used=torch.empty(1, dtype=torch.int64))
+        views = UnlabeledViews(*(torch.empty(part.shape, dtype=part.dtype) for part in real))
+        partner = Partner(views.weak[:1], views.ignore_mask, torch.empty(1, dtype=torch.int64))
         batch = ((torch.empty(2, 3, 49, 49), torch.empty(2, 49, 49, dtype=torch.int64)), views, partner)
         parts = []
         metrics = unimatch_step(model, batch, OhemCrossEntropy(min_kept=100), 0.9, parts.append)
     assert len(parts) == 2 and {value.device.type for value in metrics.values()} == {"cuda"}
-
-
-def _fake_views():
-    views = reference_batch(20230, 0, 2, dtype=torch.float32)[1]
-    return type(views)(*(torch.empty(part.shape, dtype=part.dtype) for part in views[:6]))
 
 
 # Memory format and compilation

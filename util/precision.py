@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from model import DeepLabV3Plus
-from util.backends import describe_backends
 from util.config import Config
 from util.errors import ConfigError
 
@@ -54,7 +53,6 @@ def describe_precision(cfg: Config, device: torch.device) -> str:
         "channels_last" if _channels_last(cfg, device) else "contiguous",
         "compiled" if cfg.compile else "eager",
         f"activations computed again: {cfg.checkpoint_activations}",
-        *describe_backends(cfg, device),
     ]
     return f"computing: {', '.join(parts)}"
 

@@ -22,7 +22,7 @@ from dataset.loader import LoaderOptions, default_workers, train_loader, val_loa
 from dataset.semi import EpochSampler, TrainDataset
 from dataset.source import DataSource
 from model import build_model, check_pretrained
-from util.backends import set_backends
+from util.backends import describe_backends, set_backends
 from util.checkpoint import set_aside, tidy, writing
 from util.config import Config, check_batch, for_method, has_teacher, load_config, resolve_path, to_dict
 from util.distributed.group import process_group
@@ -253,7 +253,7 @@ def _describe(run: Run) -> list[str]:
         f"{run.method} on {cfg.dataset} ({images} images, {cfg.nclass} classes), saved in {run.save_path}",
         f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "
         f"process{'es' * (count > 1)} on {run.device.type}",
-        describe_precision(cfg, run.device),
+        ", ".join([describe_precision(cfg, run.device), *describe_backends(cfg, run.device)]),
         f"batch: {per_step} labelled{unlabeled} images a step ({cfg.batch_size} x {count}); the recipe's reference is "
         f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",
         *few,
