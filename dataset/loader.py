@@ -73,7 +73,7 @@ def outlive_signals() -> None:
 
     Ctrl-C, Slurm and torchrun signal all processes of a run, loading ones too.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # The interpreter's end and DataLoader may end a loading process by SIGTERM and wait for it: it ends, but later.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

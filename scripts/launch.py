@@ -6,7 +6,8 @@ On several machines each runs it, with `--nodes`, `--node-rank`, `--master-addr`
 
 One process per GPU; without a GPU, or with `--set device=cpu`, the processes share the CPU. The port is where the
 processes meet; a free one is taken when none is given. After a failure all processes start again, at most
-`--max-restarts` times. SIGTERM, SIGUSR1 and Ctrl-C are passed on, and the processes have GRACE seconds to save and end.
+`--max-restarts` times. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on, and the processes have GRACE seconds to
+save and end; under nohup SIGHUP is ignored by all.
 The exit status is 0, or that of the first process that failed (128 + number if a signal ended it), or 2 with one line
 on stderr if the launch cannot work.
 """
@@ -122,6 +123,7 @@ def run(args):
     processes, port, nodes = args.processes, args.port, args.nodes
     import torch
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import api as elastic
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -136,6 +138,14 @@ def run(args):
         raise SignalException(f"got signal {number}", signal.Signals(number))
 
     signal.signal(signal.SIGUSR1, pass_on)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        # nohup. torchrun would replace that by a handler, and so let the processes have the signal: they take over a
+        # blocked one from this thread; torch's other threads still bring it to the handler.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        terminate = elastic._terminate_process_handler
+        elastic._terminate_process_handler = lambda number, _: number == signal.SIGHUP or terminate(number, _)
+    else:
+        signal.signal(signal.SIGHUP, pass_on)
     # torchrun logs every failure at length; `exit_status` says it in a line. The processes' own logging is untouched.
     logger = logging.getLogger("torch.distributed.elastic")
     logger.addHandler(logging.NullHandler())

@@ -74,8 +74,8 @@ launch() { # <save path> [arguments of METHOD.py ...]
     fi
     "$PYTHON" -m scripts.launch "$@" &
     # Ctrl-C reaches the launcher without us, and a second one would end it before it has saved.
-    wait_for "$!" USR1 TERM
-    trap - USR1 TERM
+    wait_for "$!" USR1 TERM HUP
+    trap - USR1 TERM HUP
 }
 
 [ -n "$seeds" ] || launch "$save" "$@"

@@ -164,7 +164,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert result.stderr == "error: process 1 was ended by signal 9 (SIGKILL); out of memory is the usual cause\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_all_processes_without_a_traceback(tmp_path, number):
     script = write(
         tmp_path / "script.py",
@@ -192,6 +192,37 @@ time.sleep(100)
     for path in started:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
+
+
+def test_under_nohup_a_closed_terminal_ends_neither_launcher_nor_processes(tmp_path):
+    script = write(
+        tmp_path / "script.py",
+        """
+import os, pathlib, sys, time
+from util.signals import StopSignals
+with StopSignals() as signals:
+    started = pathlib.Path(sys.argv[1], os.environ["RANK"] + ".part")
+    started.write_text(str(os.getpid()))
+    started.rename(started.with_suffix(".pid"))
+    while not pathlib.Path(sys.argv[1], "go").exists():
+        time.sleep(0.05)
+    print("lived on" if not signals.received else "ended", flush=True)
+""",
+    )
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "scripts.launch", "--processes", "2", str(script), str(tmp_path)],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+    started = [tmp_path / "0.pid", tmp_path / "1.pid"]
+    deadline = time.monotonic() + 100
+    while not all(path.exists() for path in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGHUP)
+    time.sleep(1)
+    (tmp_path / "go").touch()
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (0, "lived on\nlived on\n", "")
 
 
 def test_after_a_failure_all_processes_start_again_as_often_as_allowed(tmp_path):
@@ -384,12 +415,12 @@ def test_train_runs_each_seed_in_its_own_folder_and_stops_at_the_first_failure(p
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_script_ends_the_seed_that_runs_and_no_other_starts(project, tmp_path, number):
     started = tmp_path / "started"
     write(
         tmp_path / "python",
-        f"#!/bin/sh\ntrap 'exit 7' TERM USR1\necho run >>'{started}'\nwhile :; do sleep 0.1; done\n",
+        f"#!/bin/sh\ntrap 'exit 7' TERM USR1 HUP\necho run >>'{started}'\nwhile :; do sleep 0.1; done\n",
         0o755,
     )
     env = {key: value for key, value in os.environ.items() if key not in OURS}

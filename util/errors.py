@@ -12,7 +12,7 @@ from model import WeightsError
 EXIT_CONSEQUENCE = 1  # another process failed; the launchers look for another status first
 EXIT_USER_ERROR = 2  # something to correct: the line on stderr says what
 EXIT_STOPPED = 3  # training stopped itself, for instance at a loss that is not finite
-EXIT_SIGNAL = 128  # plus the signal's number: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; training saves before
+EXIT_SIGNAL = 128  # plus the signal's number: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; training saves before
 
 
 class ConfigError(ValueError):

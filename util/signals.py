@@ -11,7 +11,12 @@ from typing import Any, TypeVar
 from util.errors import Interrupted, Silenced
 
 Item = TypeVar("Item")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def hangup_is_ignored() -> bool:
+    """Whether who started this process lets it outlive its terminal, as nohup does."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @contextlib.contextmanager
@@ -36,10 +41,10 @@ def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
 
 
 class StopSignals:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR1 only leave their number in `received` (0: none came).
+    """While it is entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP only leave their number in `received` (0: none came).
 
-    A second SIGINT raises KeyboardInterrupt. Works in the main thread only, as Python's handlers do. `last` is what any
-    instance received last.
+    SIGHUP stays ignored where it is, as under nohup. A second SIGINT raises KeyboardInterrupt. Works in the main
+    thread only, as Python's handlers do. `last` is what any instance received last.
     """
 
     last = 0
@@ -49,7 +54,8 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not hangup_is_ignored()]
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
