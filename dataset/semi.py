@@ -96,6 +96,8 @@ class EpochSampler(Sampler[Key]):
     fresh permutation. Without unlabelled images (`num_unlabeled` None) it is one pass over the labelled set, which is
     repeated first to `repeat_labeled_to` samples if it has fewer (UniMatch V2's supervised baseline).
 
+    With `accumulate`, that many batches make a step, and the epoch is cut to whole steps.
+
     `partner` says where CutMix pastes from: another view of the `same_image`, a view of an `other_image`, or the
     `reversed_batch`, for which a key has no partner.
     """
@@ -110,7 +112,9 @@ class EpochSampler(Sampler[Key]):
         processes: int = 1,
         partner: str = "same_image",
         repeat_labeled_to: int | None = None,
+        accumulate: int = 1,
     ) -> None:
+        self.per_step = batch_size * accumulate
         self.num_labeled, self.num_unlabeled, self.batch_size, self.seed = num_labeled, num_unlabeled, batch_size, seed
         self.rank, self.processes, self.partner = rank, processes, partner
         self.length = max(num_labeled, repeat_labeled_to or 0) if num_unlabeled is None else num_unlabeled
@@ -121,7 +125,7 @@ class EpochSampler(Sampler[Key]):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return math.ceil(self.length / self.processes) // self.batch_size * self.batch_size
+        return math.ceil(self.length / self.processes) // self.per_step * self.per_step
 
     def __iter__(self) -> Iterator[Key]:
         return islice(self._keys(), self.start, None)

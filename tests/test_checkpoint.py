@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -59,7 +60,7 @@ def test_during_writing_the_old_checkpoint_is_in_place(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, watch)
     save_checkpoint(_state(2), path)
     # The content reaches the disk before the name does, and the name (the folder) last.
-    assert seen == [("fsync", 1), ("replace", 1), ("fsync", 2)]
+    assert seen == [("fsync", 1), ("fsync", 1), ("replace", 1), ("fsync", 2)]
 
 
 @pytest.mark.parametrize(
@@ -244,13 +245,26 @@ def test_another_number_of_processes_starts_at_the_epochs_beginning_and_says_so(
     save_checkpoint(_run_state(0, 3, processes=2), tmp_path / "midway.pth")
     found = find_checkpoint(tmp_path, CFG, RUN, 1)
     assert found.path is None and found.notes == (
-        f"note: {tmp_path}/midway.pth is of 2 process(es), and there are 1 now: going on from the start of epoch 1",
+        f"note: {tmp_path}/midway.pth is of 2 process(es), and there are 1 now, with other "
+        "images in a step: going on from the start of epoch 1",
     )
     save_checkpoint(_run_state(4), tmp_path / "latest.pth")
     save_checkpoint(_run_state(4, 3, processes=2), tmp_path / "midway.pth")
     found = find_checkpoint(tmp_path, CFG, RUN, 4)
     assert found.path.name == "latest.pth" and found.notes[0].endswith("going on from the start of epoch 5")
     assert _find(tmp_path, 2) == ("midway.pth", 42)
+
+
+def test_as_many_images_a_step_go_on_within_the_epoch_on_another_number_of_processes(tmp_path):
+    """CFG has 2 images a process; 1 process of 4 takes as many as 2 of 2, or 1 of 2 that accumulates 2 batches."""
+    state = _run_state(0, 3, processes=2) | {"steps": 10}
+    save_checkpoint(state, tmp_path / "midway.pth")
+    for changes in ({"batch_size": 4}, {"accumulate": 2}):
+        cfg = dataclasses.replace(CFG, **changes)
+        assert find_checkpoint(tmp_path, cfg, RUN, 1, 10).path == tmp_path / "midway.pth"
+        assert find_checkpoint(tmp_path, cfg, RUN, 1, 9).path is None  # an epoch would have fewer steps
+        with pytest.raises(CheckpointError, match="was trained with other settings"):
+            find_checkpoint(tmp_path, cfg, RUN, 2, 10)
 
 
 def test_after_an_epoch_the_one_before_is_kept_and_what_lies_within_is_removed(tmp_path):

@@ -11,11 +11,13 @@ from util.log import RunLog
 from util.train.optimizer_step import OptimizerStep
 
 
-def _step(tmp_path, amp: str, on_nonfinite: str = "stop") -> tuple[OptimizerStep, nn.Module, list[str]]:
+def _step(
+    tmp_path, amp: str, on_nonfinite: str = "stop", accumulate: int = 1
+) -> tuple[OptimizerStep, nn.Module, list[str]]:
     lines: list[str] = []
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
-    cfg = SimpleNamespace(amp=amp, on_nonfinite=on_nonfinite, nonfinite_limit=10)
+    cfg = SimpleNamespace(amp=amp, on_nonfinite=on_nonfinite, nonfinite_limit=10, accumulate=accumulate)
     log = RunLog(tmp_path, active=False)
     log.info = lines.append
     run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), log=log)
@@ -33,7 +35,7 @@ def test_steps_that_the_scaler_leaves_out_change_nothing_and_are_counted(tmp_pat
     scale = step.state_dict()["scaler"]["scale"]
     for factor in (1.0, float("inf"), 1.0, float("nan")):
         before = model.weight.detach().clone()
-        step.run(torch.tensor(factor))
+        step.run([torch.tensor(factor)])
         assert torch.equal(before, model.weight) == (factor != 1.0)
     step.report(4)
     step.report(4)
@@ -43,15 +45,15 @@ def test_steps_that_the_scaler_leaves_out_change_nothing_and_are_counted(tmp_pat
 
 def test_the_scaler_s_steps_are_not_those_that_the_guard_undoes(tmp_path):
     step, _, lines = _step(tmp_path, "fp16", on_nonfinite="skip")
-    step.run(torch.tensor(1.0))
-    step.run(torch.tensor(float("inf")))
+    step.run([torch.tensor(1.0)])
+    step.run([torch.tensor(float("inf"))])
     step.report(2)
     assert lines[0].startswith("1 step left out by the gradient scaler")
 
 
 def test_without_fp16_there_is_no_scaler_and_nothing_to_tell(tmp_path):
     step, model, lines = _step(tmp_path, "none")
-    step.run(torch.tensor(1.0))
+    step.run([torch.tensor(1.0)])
     assert "scaler" not in step.state_dict() and model.weight.grad.eq(1).all()
     step.report(1)
     assert not lines
@@ -59,8 +61,20 @@ def test_without_fp16_there_is_no_scaler_and_nothing_to_tell(tmp_path):
 
 def test_the_scale_is_taken_up_from_a_checkpoint(tmp_path):
     step, _, _ = _step(tmp_path, "fp16")
-    step.run(torch.tensor(float("inf")))
-    step.run(torch.tensor(1.0))
+    step.run([torch.tensor(float("inf"))])
+    step.run([torch.tensor(1.0)])
     again, _, _ = _step(tmp_path, "fp16")
     again.load_state_dict(step.state_dict(), tmp_path / "latest.pth")
     assert again.state_dict()["scaler"] == step.state_dict()["scaler"]
+
+
+def test_accumulated_batches_make_one_step_with_the_mean_of_their_gradients_and_metrics(tmp_path):
+    step, model, _ = _step(tmp_path, "none", accumulate=3)
+    single, twin, _ = _step(tmp_path, "none")
+    twin.load_state_dict(model.state_dict())
+    factors = [torch.tensor(factor) for factor in (1.0, 2.0, 6.0)]
+    metrics, _ = step.run(iter(factors))
+    expected, _ = single.run([torch.tensor(3.0)])
+    torch.testing.assert_close(metrics["loss"], expected["loss"])
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fixmatch
 import supervised
 import unimatch
-from dataset.semi import TrainDataset
+from dataset.semi import EpochSampler, TrainDataset
 from tests.helpers import PROJECT_ROOT, TinyData, make_dataset, run_script
 from util import checkpoint, evaluate
 from util.cli import run_main
@@ -281,17 +281,38 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(
     shutil.rmtree(path)
 
 
+def test_within_an_epoch_half_the_batch_accumulated_twice_goes_on_with_the_same_images(data, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _signal_at(patch, 0, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            unimatch.main(data.arguments(path))
+    keys = []
+    read = TrainDataset.__getitem__
+    monkeypatch.setattr(TrainDataset, "__getitem__", lambda self, key: keys.append(key) or read(self, key))
+    unimatch.main([*data.arguments(path), "--set", "batch_size=1", "accumulate=2"])
+    sampler = EpochSampler(4, 6, 2, seed=0)
+    expected = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch, 2 * (epoch == 0))
+        expected += sampler
+    assert keys == expected and len(keys) == 10
+    assert (_load(path)["iteration"], _load(path)["epoch"]) == (6, 2)
+    assert [step for step, _ in _curves(path)["train/lr"]] == list(range(6))
+    shutil.rmtree(path)
+
+
 def test_a_signal_during_evaluation_ends_it_and_it_is_repeated(data, unread, tmp_path, monkeypatch):
     arguments, expected = unread
     path, seen = tmp_path / "run", []
-    predict = evaluate.predict
+    class_scores = evaluate.class_scores
 
     def signalled(*args):
         seen.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        return predict(*args)
+        return class_scores(*args)
 
-    monkeypatch.setattr(evaluate, "predict", signalled)
+    monkeypatch.setattr(evaluate, "class_scores", signalled)
     with pytest.raises(Interrupted, match=r"after iteration 3/3 of epoch 1"):
         unimatch.main([*data.arguments(path), *arguments])
     assert len(seen) == 1  # of two images

@@ -100,18 +100,20 @@ def for_method(cfg: Config, method: str) -> Config:
 
 def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabeled: int | None) -> None:
     """Refuse a batch that the data or BatchNorm cannot give. `unlabeled` is None for the supervised baseline."""
-    per_step = cfg.batch_size * processes
+    per_step = cfg.batch_size * processes * cfg.accumulate
+    parts = f"batch_size {cfg.batch_size} x {processes} processes"
+    parts += f" x {cfg.accumulate} accumulated" if cfg.accumulate > 1 else ""
     for kind, count in (("labelled", labeled), ("unlabelled", unlabeled)):
         if count is not None and count < per_step:
             raise ConfigError(
                 f"{count} {kind} image{'s' * (count != 1)} cannot fill one batch of {per_step} "
-                f"(batch_size {cfg.batch_size} x {processes} processes): lower batch_size or use fewer processes"
+                f"({parts}): lower batch_size or use fewer processes"
             )
     if cfg.model == "dpt":  # has no BatchNorm
         return
     # The smallest BatchNorm group is that of one training forward: [x; w] and [s1; s2] have two images per sample,
     # FixMatch's [s] and the supervised [x] have one.
-    group = per_step * (2 if method == "unimatch" else 1)
+    group = cfg.batch_size * processes * (2 if method == "unimatch" else 1)
     if group < 2:
         raise ConfigError(
             f"batch_size {cfg.batch_size} on {processes} process gives {method} a BatchNorm group of {group} image: "

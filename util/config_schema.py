@@ -83,6 +83,9 @@ class Config:
     batch_size: int = _key("labelled images per process, and as many unlabelled ones", minimum=1)
     lr: float = _key("learning rate of the backbone", above=0)
     lr_multi: float = _key("the other parameters learn at lr * lr_multi", 1.0, above=0)
+    accumulate: int = _key(
+        "batches per process whose gradients make one optimiser step; BatchNorm sees one batch at a time", 1, minimum=1
+    )
     reference_batch: int = _key("labelled images per step, over all processes, that lr is meant for", 8, minimum=1)
     scale_lr: bool = _key("scale lr by (labelled images per step) / reference_batch", False)
     optimizer: Literal["sgd", "adamw"] | None = _key("default: adamw on model: dpt, else sgd with momentum 0.9", None)

@@ -14,7 +14,7 @@ from typing import Any
 
 from model import read_checkpoint
 from util.checkpoint import CHOICES, aside_name
-from util.config import Config, differing_keys
+from util.config import Config, differing_keys, to_dict
 from util.errors import CheckpointError
 from util.release import adopt, is_release
 from util.run_files import BEST, EPOCHS, LATEST, MID_EPOCH, PREVIOUS
@@ -38,9 +38,9 @@ class Found:
 def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], processes: int = 1, steps: int = 0) -> Found:
     """What to continue from: the newest checkpoint that is whole; its path is None for a fresh run.
 
-    `run` says what shapes training besides the config: method and lists. A mid-epoch checkpoint serves only the number
-    of `processes` that wrote it. `steps` of an epoch place a checkpoint of the published code. Raises CheckpointError
-    where the settings differ, and where `latest.pth` is damaged and nothing is left to fall back to. Changes nothing.
+    `run` says what shapes training besides the config: method and lists. A mid-epoch checkpoint serves `processes` that
+    take as many images a step as those that wrote it, in an epoch of as many `steps`. Raises CheckpointError where the
+    settings differ, and where `latest.pth` is damaged and nothing is left to fall back to. Changes nothing.
     """
     damaged: list[Path] = []
     notes: list[str] = []
@@ -57,12 +57,15 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
     mid_epoch = save_path / MID_EPOCH
     state = read(mid_epoch)
     if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
-        _check_settings(mid_epoch, state, cfg, run)
-        if state["processes"] == processes:
+        _check_settings(mid_epoch, state, cfg, run, processes)
+        same_share = state["processes"] == processes and _per_step(state["config"], 1) == _per_step(to_dict(cfg), 1)
+        same_steps = _per_step_of(state) == _per_step(to_dict(cfg), processes) and state.get("steps") == steps
+        if same_share or same_steps:
             whole = {mid_epoch: state}
         else:
             notes.append(
-                f"note: {mid_epoch} is of {state['processes']} process(es), and there are {processes} now: "
+                f"note: {mid_epoch} is of {state['processes']} process(es), and there are {processes} now, with other "
+                "images in a step: "
                 f"going on from the start of epoch {max((other['epoch'] for other in whole.values()), default=0) + 1}"
             )
     if not whole:
@@ -74,7 +77,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         path, first_step = None, 0
     else:
         ((path, state),) = whole.items()
-        notes += _check_settings(path, state, cfg, run)
+        notes += _check_settings(path, state, cfg, run, processes)
         # Within an epoch the curves of its last step are still to be written.
         first_step = state["iteration"] - ("position" in state)
     notes += [
@@ -83,6 +86,19 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         for bad in damaged
     ]
     return Found(path, first_step, tuple(notes), tuple(damaged))
+
+
+def _per_step(config: Mapping[str, Any], processes: int) -> Any:
+    """Labelled images of a step, over all processes."""
+    return config.get("batch_size", 0) * config.get("accumulate", 1) * processes
+
+
+def _per_step_of(state: Mapping[str, Any]) -> Any:
+    """The same of a checkpoint; 0 where it does not say how many processes there were."""
+    try:
+        return _per_step(state["config"], int(state.get("processes", 0)))
+    except (TypeError, ValueError):  # a stranger's
+        return 0
 
 
 def as_ours(state: Any, cfg: Config, run: Mapping[str, str], steps: int) -> Any:
@@ -115,7 +131,9 @@ def _read_whole(path: Path, damaged: list[Path], convert: Callable[[Any], Any]) 
     return {key: value for key, value in state.items() if key not in ("model", "optimizer", "metrics", "teacher")}
 
 
-def _check_settings(path: Path, state: Mapping[str, Any], cfg: Config, run: Mapping[str, str]) -> list[str]:
+def _check_settings(
+    path: Path, state: Mapping[str, Any], cfg: Config, run: Mapping[str, str], processes: int
+) -> list[str]:
     """Raise CheckpointError if the checkpoint was trained otherwise. Returns notes on what may differ and does."""
     notes = [f"note: {path} is {state['note']}"] if "note" in state else []
     # Checkpoints of earlier versions do not tell the validation list.
@@ -127,6 +145,9 @@ def _check_settings(path: Path, state: Mapping[str, Any], cfg: Config, run: Mapp
             f"note: epochs is raised from {epochs} to {cfg.epochs}: from here on the learning rate follows the longer "
             f"schedule, so the end is not that of a run of {cfg.epochs} epochs from the start"
         )
+    if _per_step_of(state) == _per_step(to_dict(cfg), processes):
+        # The same images a step, shared among the processes in another way.
+        saved |= {key: getattr(cfg, key) for key in ("batch_size", "accumulate")}
     differing = [f"{key}: {saved_run.get(key)} -> {value}" for key, value in run.items() if saved_run.get(key) != value]
     differing += differing_keys(saved, cfg)
     if differing:

@@ -69,7 +69,8 @@ class Run:
     @property
     def images_per_step(self) -> int:
         """Labelled and unlabelled images of one step, over all processes."""
-        return self.cfg.batch_size * self.processes.count * (1 if self.lists.unlabeled is None else 2)
+        cfg = self.cfg
+        return cfg.batch_size * cfg.accumulate * self.processes.count * (1 if self.lists.unlabeled is None else 2)
 
     def build_model(self) -> nn.Module:
         """The model, with the weights that the config starts from unless a checkpoint is going to replace them."""
@@ -122,7 +123,8 @@ def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
     unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
     place = (processes.rank, processes.count)
     batch = (cfg.batch_size, cfg.seed)
-    return EpochSampler(len(lists.labeled), unlabeled, *batch, *place, cfg.cutmix_partner, cfg.supervised_epoch)
+    kind = (cfg.cutmix_partner, cfg.supervised_epoch, cfg.accumulate)
+    return EpochSampler(len(lists.labeled), unlabeled, *batch, *place, *kind)
 
 
 def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
@@ -157,7 +159,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))
         if args.resume == "auto":
-            steps = len(_sampler(cfg, lists, processes)) // cfg.batch_size
+            steps = len(_sampler(cfg, lists, processes)) // (cfg.batch_size * cfg.accumulate)
             found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
             notes += found.notes
         if processes.is_main:
@@ -173,7 +175,9 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         if processes.is_main:
             with writing(save_path / CONFIG_FILE) as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
-        lr = cfg.lr * cfg.batch_size * processes.count / cfg.reference_batch if cfg.scale_lr else cfg.lr
+        lr = (
+            cfg.lr * cfg.batch_size * cfg.accumulate * processes.count / cfg.reference_batch if cfg.scale_lr else cfg.lr
+        )
         run = Run(method, cfg, lr, lists, save_path, found.path, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)
@@ -183,7 +187,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
 
 def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tuple[Config, str]:
     """The published supervised baseline's batch: twice the recipe's, at the same learning rate. With a note."""
-    total = cfg.batch_size * processes
+    total = cfg.batch_size * cfg.accumulate * processes
     if any(text.partition("=")[0].strip() == "batch_size" for text in overrides):
         return cfg, "batch size: as --set says, not doubled"
     if total >= 2 * cfg.reference_batch:
@@ -235,7 +239,8 @@ def _check_writable(save_path: Path) -> None:
 
 def _describe(run: Run) -> list[str]:
     cfg, count = run.cfg, run.processes.count
-    per_step = cfg.batch_size * count
+    per_step = cfg.batch_size * cfg.accumulate * count
+    parts = f"{cfg.batch_size} x {count}" + (f" x {cfg.accumulate} accumulated" if cfg.accumulate > 1 else "")
     unlabeled = "" if run.lists.unlabeled is None else f" + {per_step} unlabelled"
     linear = cfg.lr * per_step / cfg.reference_batch
     if cfg.scale_lr:
@@ -244,7 +249,7 @@ def _describe(run: Run) -> list[str]:
         rule = (
             f"the linear rule would give {linear:g}: scale_lr: true applies it" if linear != cfg.lr else "as the recipe"
         )
-    group = per_step * (2 if run.method == "unimatch" else 1)
+    group = cfg.batch_size * count * (2 if run.method == "unimatch" else 1)
     few = [f"warning: BatchNorm normalises over {group} images only (batch_size {cfg.batch_size} x {count}): its "
            "statistics will be noisy; raise batch_size or the processes"] if group <= 2 else []  # fmt: skip
     images = f"{len(run.lists.labeled)} labelled, {len(run.lists.val)} validation"
@@ -254,7 +259,7 @@ def _describe(run: Run) -> list[str]:
         f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "
         f"process{'es' * (count > 1)} on {run.device.type}",
         ", ".join([describe_precision(cfg, run.device), *describe_backends(cfg, run.device)]),
-        f"batch: {per_step} labelled{unlabeled} images a step ({cfg.batch_size} x {count}); the recipe's reference is "
+        f"batch: {per_step} labelled{unlabeled} images a step ({parts}); the recipe's reference is "
         f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",
         *few,
     ]

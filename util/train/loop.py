@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -84,12 +85,12 @@ class Trainer:
 
     def __init__(self, run: Run, step: OptimizerStep, loader: DataLoader, signals: StopSignals) -> None:
         cfg = run.cfg
-        self.progress = Progress(steps=len(loader))
+        self.progress = Progress(steps=len(loader) // cfg.accumulate)
         self._run, self._step, self._loader, self._metrics = run, step, loader, StepMetrics()
         self.saver = Saver(run, step, self._metrics, self.progress, signals)
         self.saver.resume()
         self._bad_images = BadImages(loader, cfg.bad_image_limit, run.log) if cfg.on_bad_image == "skip" else None
-        self._total = cfg.epochs * len(loader)
+        self._total = cfg.epochs * self.progress.steps
         self._clock = Clock(self.progress.iteration, self._total)
 
     def train_epoch(self) -> None:
@@ -102,13 +103,16 @@ class Trainer:
                 self._log_if_due(bar)
             if progress.position == progress.steps:
                 return
-            self._loader.sampler.set_epoch(progress.epoch, progress.position * cfg.batch_size)
-            for batch in self._clock.time_waits(self._loader):
+            self._loader.sampler.set_epoch(progress.epoch, progress.position * cfg.batch_size * cfg.accumulate)
+            waited = self._clock.time_waits(self._loader)
+            while batches := list(islice(waited, cfg.accumulate)):
                 iteration = progress.iteration
                 set_poly_lr(optimizer, iteration, self._total)
                 # Channel dropout draws from torch's generator. Seeded anew, it depends on the step alone.
                 torch.manual_seed(step_seed(cfg.seed, progress.epoch, progress.position, self._run.processes.rank))
-                self._metrics.append(iteration, *self._step.run(to_device(batch, self._run.device)))
+                self._metrics.append(
+                    iteration, *self._step.run(to_device(batch, self._run.device) for batch in batches)
+                )
                 progress.position += 1
                 bar.update()
                 self.saver.after_step()

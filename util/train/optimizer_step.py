@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from model import load_checkpoint_state
 from util.checkpoint import load_optimizer
-from util.distributed.ddp import unwrap
+from util.distributed.ddp import no_sync, unwrap
 from util.precision import build_scaler
 from util.release import without_frozen
 from util.run import Run
@@ -39,6 +40,7 @@ class OptimizerStep:
     ) -> None:
         self.teacher = teacher
         self.model, self.optimizer, self._train_step, self._log = model, optimizer, train_step, run.log
+        self._accumulate = run.cfg.accumulate
         self._scaler = build_scaler(run.cfg, run.device)
         self._left_out: list[torch.Tensor] = []  # one flag per step since the last report
         if self._scaler.is_enabled():
@@ -48,12 +50,22 @@ class OptimizerStep:
             check_gradients = not self._scaler.is_enabled()
             self._guard = NonFiniteGuard([model], optimizer, run.cfg.nonfinite_limit, run.log, check_gradients)
 
-    def run(self, batch: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Take a step on a batch that is on the device. Returns its metrics, and whether it was undone (None: no)."""
+    def run(self, batches: Iterable[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Take a step on `accumulate` batches that are on the device; its gradient is the mean of theirs.
+
+        Returns its metrics, means over the batches, and whether it was undone (None: no).
+        """
         self.optimizer.zero_grad(set_to_none=True)
         if self._guard:
             self._guard.keep()
-        metrics = self._train_step(batch, self._backward)
+        rows = []
+        for number, batch in enumerate(batches, 1):
+            # DDP adds up the processes' gradients once, in the last batch's backward pass.
+            with no_sync(self.model) if number < self._accumulate else contextlib.nullcontext():
+                rows.append(self._train_step(batch, self._backward))
+        metrics = rows[0]
+        if len(rows) > 1:
+            metrics = {name: torch.stack([row[name] for row in rows]).mean(0) for name in metrics}
         self._scaler.step(self.optimizer)
         self._scaler.update()
         undone = self._guard.undo(metrics.values()) if self._guard else None
@@ -97,7 +109,7 @@ class OptimizerStep:
             self._guard.unreported = state.get("undone", 0)
 
     def _backward(self, part: torch.Tensor) -> None:
-        self._scaler.scale(part).backward()
+        self._scaler.scale(part if self._accumulate == 1 else part / self._accumulate).backward()
 
     def _did_not_count(self, undone: torch.Tensor | None) -> torch.Tensor | None:
         """Whether the guard undid the step or the scaler left it out, a 0-dim bool on the device; None: neither can."""

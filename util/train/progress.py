@@ -38,7 +38,7 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint's keys; only one from within an epoch has a `position`."""
         names = ("epoch", "iteration", "previous_best", "best_epoch", "last_miou")
-        state = {name: getattr(self, name) for name in names}
+        state = {name: getattr(self, name) for name in (*names, "steps")}
         return {**state, "position": self.position} if self.position else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

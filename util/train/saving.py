@@ -116,6 +116,7 @@ class Saver:
             **self._progress.state_dict(),
             "config": to_dict(self._run.cfg),
             "run": self._run.identity,
+            "processes": self._run.processes.count,
         }
 
     def _collect_unlogged(self) -> dict[str, Any]:
@@ -126,8 +127,7 @@ class Saver:
         where = f"iteration {progress.position}/{progress.steps} of epoch {progress.epoch + 1}"
         check_finite(self._step.model, where)
         if run.processes.is_main:
-            state = {**self._state(), **unlogged, "processes": run.processes.count}
-            save_checkpoint(state, run.save_path / MID_EPOCH)
+            save_checkpoint({**self._state(), **unlogged}, run.save_path / MID_EPOCH)
         if request > self.SAVE:
             self._requests.barrier()  # a launcher may end the others as soon as the first one ends
             raise Interrupted(

@@ -57,4 +57,9 @@ class StepMetrics:
     def load_state_dict(self, state: dict[str, Any], rank: int, device: torch.device) -> None:
         """Go on from where `state` was taken."""
         self._first, self._names = state["first"], tuple(state["names"])
-        self._rows = [] if state["rows"] is None else list(state["rows"][rank].to(device))
+        if state["rows"] is None:
+            self._rows = []
+            return
+        # With another number of processes each has their mean.
+        rows = state["rows"] if len(state["rows"]) == process_count() else state["rows"].mean(0, keepdim=True)
+        self._rows = list(rows[rank % len(rows)].to(device))
