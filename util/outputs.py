@@ -13,11 +13,15 @@ from typing import BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dataset import atomic
 from dataset.windows import no_pixel_limit
 from util.errors import ConfigError
 
 # The mark of a file that a tool wrote, and of what it was made: texts of a PNG, a comment of a JPEG or zip.
 MARK, FINGERPRINT = "UniMatch tool output", "Fingerprint"
+TABLE_HEADER = (
+    "class,name,iou,accuracy,boundary_iou,pixels,predicted_pixels"  # of evaluate's table: a CSV has no comments
+)
 TIFF_SOFTWARE, TIFF_DESCRIPTION = 305, 270
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -70,10 +74,10 @@ def read_mark(path: str | Path) -> str | None:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return _marked(archive.comment)
-        if path.suffix in (".json", ".html", ".csv"):
+        if path.suffix in (".json", ".csv"):
             with open(path, "rb") as file:
                 head = file.read(500)
-            return "" if MARK.encode() in head else None
+            return "" if MARK.encode() in head or head.startswith(TABLE_HEADER.encode()) else None
         with no_pixel_limit(), Image.open(path) as image:  # the header alone; nothing is decoded
             if image.info.get("Software") == MARK:
                 return image.info.get(FINGERPRINT, "")
@@ -121,13 +125,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The name is always the same, so that a run that continues a killed one leaves nothing behind.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with atomic.replacing(path, temporary=path.with_name(f".{path.name}.part")) as temporary:
+            yield temporary
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
