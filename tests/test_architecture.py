@@ -83,6 +83,7 @@ TESTED_BY = {
     "util/distributed/watchdog.py": "distributed",
     "util/errors.py": "bad_input",
     "util/log.py": "loop",
+    "util/evaluation_report.py": "analysis",
     "util/palette.py": "predict",
     "util/plots.py": "predict",
     "util/prediction.py": "predict",
