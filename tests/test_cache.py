@@ -91,6 +91,23 @@ def test_a_source_file_that_changes_is_decoded_anew(root, tmp_path):
         cache.image(root / "0.jpg")
 
 
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_source_file_changed_in_place_with_its_size_kept_is_decoded_anew(root, tmp_path, reopened):
+    """Its time of change alone tells, whether the picture is mapped already or found on the disk by a later run."""
+    path = root / "changed.bmp"  # all files of this format and shape have one size
+    Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0)).save(path)
+    size = path.stat().st_size
+    cache = ImageCache(tmp_path / "cache", 10**6)
+    assert (cache.image(path) == (255, 0, 0)).all() and (cache.image(path) == (255, 0, 0)).all()
+    changed = path.stat().st_mtime_ns + 1000
+    Image.new("RGB", (WIDTH, HEIGHT), (0, 255, 0)).save(path)
+    os.utime(path, ns=(changed, changed))
+    assert path.stat().st_size == size
+    if reopened:
+        cache = ImageCache(tmp_path / "cache", 10**6)
+    assert (cache.image(path) == (0, 255, 0)).all()
+
+
 def test_maps_are_kept_without_file_descriptors_and_only_so_many(root, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset.cache, "MAX_MAPS", 4)
     cache = ImageCache(tmp_path / "cache", 10**6)

@@ -9,12 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 
-from dataset.semi import UnlabeledViews
+from dataset.lists import read_list
+from dataset.loader import LoaderOptions, train_loader
+from dataset.packing import to_device
+from dataset.semi import EpochSampler, TrainDataset, UnlabeledViews
+from dataset.source import DataSource
 from fixmatch import fixmatch_step
 from scripts.benchmark import naive
+from scripts.benchmark.naive_data import NaiveDataset, collate_naive
 from supervised import supervised_step
-from tests.helpers import make_model, reference_batch
+from tests.helpers import TinyData, make_dataset, make_model, reference_batch
 from tests.reference.weights import check_summary, reference_state
 from unimatch import unimatch_step
 from util.config import Criterion
@@ -24,6 +31,7 @@ from util.schedule import build_optimizer, set_poly_lr
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
 SEED = FIGURES["seed"]
 STEPS = 8
+STEP = {"unimatch": unimatch_step, "fixmatch": fixmatch_step, "supervised": supervised_step}
 CURVES = {"loss": "loss_all", "loss_fp": "loss_w_fp"}
 
 
@@ -34,8 +42,7 @@ def _batch(i: int, **sizes):
 def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torch.Tensor.backward):
     if method == "supervised":
         return supervised_step(model, batch[0], criterion, backward)
-    step = unimatch_step if method == "unimatch" else fixmatch_step
-    return step(model, batch, criterion, conf_thresh, backward)
+    return STEP[method](model, batch, criterion, conf_thresh, backward)
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES["steps"]))
@@ -93,21 +100,48 @@ def test_gradients_of_the_parts_equal_those_of_the_whole_loss(method):
         torch.testing.assert_close(in_parts, in_one, rtol=1e-10, atol=1e-14)
 
 
-def test_a_unimatch_step_equals_the_naive_one():
-    def step(function, *args) -> tuple[float, list[torch.Tensor]]:
-        torch.manual_seed(0)
-        model = make_model().double()
-        torch.manual_seed(1)
-        result = function(model, _batch(0, batch=2, size=33), *args)
-        loss = result["loss"] if isinstance(result, dict) else result
-        return float(loss), [p.grad for p in model.parameters()]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> TinyData:
+    return make_dataset(tmp_path_factory.mktemp("data"), labeled=3, unlabeled=4)
 
-    criterion = build_criterion(SimpleNamespace(criterion=Criterion()))
-    loss, gradients = step(unimatch_step, criterion, 0.3, torch.Tensor.backward)
-    expected, expected_gradients = step(naive.unimatch_step, naive.cross_entropy, 0.3)
-    assert loss == pytest.approx(expected, rel=1e-12)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+@pytest.mark.parametrize(
+    ("method", "partner"), [("unimatch", "other_image"), ("fixmatch", "same_image"), ("supervised", "same_image")]
+)
+def test_a_step_on_the_loaders_batch_equals_the_naive_step_on_the_naive_loaders(data, method, partner):
+    """From the files to the gradients, in float64; in a part of the batches only some samples have a CutMix box."""
+    labeled, unlabeled = read_list(data.labeled), read_list(data.unlabeled, labels=False)
+    if method == "supervised":
+        unlabeled = None
+    arguments = labeled, unlabeled, DataSource(data.root), 33, 1
+    sampler = EpochSampler(len(labeled), unlabeled and len(unlabeled), 2, 1, partner=partner)
+    loader = train_loader(TrainDataset(*arguments, strong_views=1 + (method == "unimatch")), sampler, LoaderOptions())
+    naive_loader = DataLoader(NaiveDataset(*arguments), 2, sampler=sampler, drop_last=True, collate_fn=collate_naive)
+    criterion, used, ratios = build_criterion(SimpleNamespace(criterion=Criterion())), set(), []
+
+    def gradients(step, batch, *rest) -> tuple[float, list[torch.Tensor]]:
+        model = make_model(nclass=3).double()
+        torch.manual_seed(1)  # the feature perturbation's dropout
+        batch = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, batch)
+        result = step(model, batch, *rest)
+        if isinstance(result, dict):
+            ratios.append(float(result.get("mask_ratio", 0.5)))
+            result = result["loss"]
+        return float(result), [p.grad for p in model.parameters()]
+
+    thresh = () if method == "supervised" else (0.4,)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for packed, naive_batch in zip(loader, naive_loader, strict=True):
+            batch = to_device(packed, torch.device("cpu"))
+            used.add(2 if method == "supervised" else len(batch[2].used))
+            loss, ours = gradients(STEP[method], batch, criterion, *thresh, torch.Tensor.backward)
+            naive_step = getattr(naive, f"{method}_step")
+            naive_loss, theirs = gradients(naive_step, naive_batch, naive.cross_entropy, *thresh)
+            assert loss == pytest.approx(naive_loss, rel=1e-12)
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
+    assert len(used) > 1 or method == "supervised"
+    assert all(0 < ratio < 1 for ratio in ratios)  # else pseudo-labels would not matter, or thresholds
 
 
 @pytest.mark.parametrize("method", ["unimatch", "fixmatch"])

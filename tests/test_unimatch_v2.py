@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.semi import UnlabeledViews
 from fixmatch import fixmatch_step
-from model import build_model
+from model import build_model, complementary_dropout
+from scripts.benchmark import naive, naive_v2
 from supervised import supervised_step
+from tests.helpers import make_model
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state_v2
 from unimatch_v2 import unimatch_v2_step
@@ -84,3 +88,125 @@ def test_eight_steps_equal_the_reference_figures(name):
             assert float(change) == pytest.approx(summary["update_l2"], rel=1e-5), tensor_name
         squares = sum(float((state[key].double() - start[key].double()).square().sum()) for key in start)
         assert squares**0.5 == pytest.approx(expected[f"{part}_update_l2_all".removeprefix("_")], rel=1e-5)
+
+
+def _tiny_batch(batch: int = 4, size: int = 28, dtype: torch.dtype = torch.float64):
+    (image, label), u = _batch(0, batch, size, dtype)
+    torch.manual_seed(2)
+    boxes = torch.rand(2, batch, size, size) < 0.4  # no rectangles: more is pasted from everywhere
+    return (image, label), u._replace(box1=boxes[0], box2=boxes[1])
+
+
+def _step_of(function, model: nn.Module, teacher, *arguments) -> tuple[float, list[torch.Tensor]]:
+    torch.manual_seed(1)
+    result = function(model, teacher, *arguments)
+    loss = result["loss"] if isinstance(result, dict) else result
+    return float(loss), [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("name", ["dpt", "deeplabv3plus"])
+def test_a_step_equals_the_naive_one(name):
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return (_model() if name == "dpt" else make_model()).double()
+
+    student = model()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    weights = student.state_dict()
+    criterion = build_criterion(SimpleNamespace(criterion=Criterion()))
+    batch = _tiny_batch() if name == "dpt" else _tiny_batch(size=33)
+    loss, gradients = _step_of(
+        unimatch_v2_step, student, Teacher(model()), batch, criterion, 0.25, torch.Tensor.backward
+    )
+    other = model()
+    other.load_state_dict(weights)
+    teacher = naive_v2.NaiveTeacher(naive_v2.with_naive_attention(model()).eval())
+    other = naive_v2.with_naive_attention(other)
+    expected, expected_gradients = _step_of(naive_v2.unimatch_v2_step, other, teacher, batch, naive.cross_entropy, 0.25)
+    assert loss == pytest.approx(expected, rel=1e-11)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_a_teacher_equals_the_naive_one_over_many_updates():
+    torch.manual_seed(0)
+    student = make_model().double()
+    ours, theirs = Teacher(student), naive_v2.NaiveTeacher(copy.deepcopy(student))
+    for _ in range(5):
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(torch.randn_like(p))
+        ours.update(student)
+        theirs.update(student)
+    for own, expected in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3, 5])
+def test_complementary_dropout_equals_the_naive_one(pairs):
+    torch.manual_seed(3)
+    ours = complementary_dropout(pairs, 11).tolist()
+    torch.manual_seed(3)
+    first, second = naive_v2.complementary_dropout(pairs, 11)
+    assert ours == first + second
+
+
+@pytest.mark.parametrize("method", ["unimatch_v2", "fixmatch"])
+def test_the_student_never_sees_the_weak_view_and_each_part_is_back_propagated_when_complete(method):
+    torch.manual_seed(0)
+    model = make_model().double()
+    teacher, events = Teacher(model), []
+    model.register_forward_pre_hook(lambda module, args: events.append(("student", len(args[0]), module.training)))
+    teacher.model.register_forward_pre_hook(
+        lambda module, args: events.append(("teacher", len(args[0]), module.training))
+    )
+
+    def backward(part: torch.Tensor) -> None:
+        events.append("backward")
+        part.backward()
+
+    batch = _tiny_batch(batch=2, size=33)
+    _run(method, model, teacher, batch, build_criterion(SimpleNamespace(criterion=Criterion())), 0.3, backward)
+    seen = [("student", 2, True), "backward", ("student", 4, True), "backward"]
+    assert events == [("teacher", 2, False), *(seen if method == "unimatch_v2" else seen[2:])]
+    assert all(p.grad is None for p in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["unimatch_v2", "fixmatch"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_step_and_the_teachers_update_mix_no_devices_and_read_no_value_back(method, device, monkeypatch):
+    # A copied fake tensor would be of a copied mode, and the two cannot meet.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
+
+    def backward(part: torch.Tensor) -> None:
+        if device == "cpu" or torch.cuda.is_available():  # autograd cannot run on fake CUDA tensors without a GPU
+            part.backward()
+
+    with FakeTensorMode(), torch.device(device):
+        model = _model()
+        teacher = Teacher(model)
+        images = [torch.empty(2, 3, 42, 42) for _ in range(3)]
+        mask = torch.empty(2, 42, 42, dtype=torch.uint8)
+        views = UnlabeledViews(*images, mask, *(torch.empty(2, 42, 42, dtype=torch.bool) for _ in range(2)))
+        labeled = torch.empty(2, 3, 42, 42), torch.empty(2, 42, 42, dtype=torch.int64)
+        criterion = build_criterion(SimpleNamespace(criterion=Criterion("OHEM", min_kept=500)))
+        optimizer = build_optimizer(model, lr=1e-3, lr_multi=1, kind="adamw")
+        metrics = _run(method, model, teacher, (labeled, views), criterion, 0.95, backward)
+        optimizer.step()
+        teacher.update(model)
+    assert {value.device.type for value in metrics.values()} == {device}
+
+
+def test_a_batch_without_a_valid_pixel_gives_zero_losses():
+    model = make_model()
+    (image, label), u = _tiny_batch(batch=2, size=33, dtype=torch.float32)
+    batch = (image, torch.full_like(label, 255)), u._replace(ignore_mask=torch.full_like(u.ignore_mask, 255))
+    metrics = _run(
+        "unimatch_v2", model, Teacher(model), batch, build_criterion(SimpleNamespace(criterion=Criterion())), 0.3
+    )
+    assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(
+        ("loss", "loss_x", "loss_s", "mask_ratio"), 0.0
+    )
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

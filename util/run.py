@@ -249,15 +249,20 @@ def _describe(run: Run) -> list[str]:
         rule = (
             f"the linear rule would give {linear:g}: scale_lr: true applies it" if linear != cfg.lr else "as the recipe"
         )
+    teacher = f", EMA teacher (decay {cfg.teacher_decay:g})" if has_teacher(cfg, run.method) else ""
     group = cfg.batch_size * count * (2 if run.method == "unimatch" else 1)
-    few = [f"warning: BatchNorm normalises over {group} images only (batch_size {cfg.batch_size} x {count}): its "
-           "statistics will be noisy; raise batch_size or the processes"] if group <= 2 else []  # fmt: skip
+    few = []
+    if group <= 2 and cfg.model != "dpt":  # which has no BatchNorm
+        few = [
+            f"warning: BatchNorm normalises over {group} images only (batch_size {cfg.batch_size} x {count}): its "
+            "statistics will be noisy; raise batch_size or the processes"
+        ]
     images = f"{len(run.lists.labeled)} labelled, {len(run.lists.val)} validation"
     images += f", {len(run.lists.unlabeled)} unlabelled" if run.lists.unlabeled is not None else ""
     return [
         f"{run.method} on {cfg.dataset} ({images} images, {cfg.nclass} classes), saved in {run.save_path}",
-        f"{cfg.backbone}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, {count} "
-        f"process{'es' * (count > 1)} on {run.device.type}",
+        f"{cfg.model} on {cfg.backbone}{teacher}, crop {cfg.crop_size}, seed {cfg.seed}, torch {torch.__version__}, "
+        f"{count} process{'es' * (count > 1)} on {run.device.type}",
         ", ".join([describe_precision(cfg, run.device), *describe_backends(cfg, run.device)]),
         f"batch: {per_step} labelled{unlabeled} images a step ({parts}); the recipe's reference is "
         f"{cfg.reference_batch} labelled; lr {run.lr:g} ({rule}), head x {cfg.lr_multi:g}",

@@ -103,6 +103,41 @@ def unimatch_step(
     return loss.detach()
 
 
+def fixmatch_step(
+    model: nn.Module,
+    batch: tuple[tuple[torch.Tensor, torch.Tensor], UnlabeledViews, UnlabeledViews],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    conf_thresh: float,
+) -> torch.Tensor:
+    """FixMatch's step likewise, with the first strong view."""
+    (image_x, label_x), u, u_mix = batch
+    u = paste_partner(u, u_mix)
+    model.eval()
+    with torch.no_grad():
+        label_mix, conf_mix = pseudo_label(model(u_mix.weak))
+    model.train()
+    logits_x, logits_w = model(torch.cat([image_x, u.weak])).split([len(image_x), len(u.weak)])
+    logits_s = model(u.strong1)
+    label_w, conf_w = pseudo_label(logits_w)
+    label, conf = _paste(label_w, label_mix, u.box1), _paste(conf_w, conf_mix, u.box1)
+    ignore_mask = _paste(u.ignore_mask, u_mix.ignore_mask, u.box1)
+    loss = (criterion(logits_x, label_x) + consistency_loss(logits_s, label, conf, ignore_mask, conf_thresh)) / 2
+    loss.backward()
+    return loss.detach()
+
+
+def supervised_step(
+    model: nn.Module,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The supervised baseline's step -> the loss, detached."""
+    image, label = batch
+    loss = criterion(model.train()(image), label)
+    loss.backward()
+    return loss.detach()
+
+
 def paste_partner(u: UnlabeledViews, u_mix: UnlabeledViews) -> UnlabeledViews:
     """CutMix of images: `u` with the partner's strong views inside its boxes, where it has such views."""
     strong = [
