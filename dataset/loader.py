@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.files import image_pixel_limit, limit_image_pixels
+from dataset.handover import SECONDS, HandingLoader, give_up_where_nothing_can_be_handed_over
 from dataset.lists import Sample
 from dataset.packing import collate
 from dataset.replacement import ReplacingLoader
@@ -28,10 +29,10 @@ class LoaderOptions(NamedTuple):
     persistent: bool = True
     pin_memory: bool = False
 
-    def build(self, dataset: Dataset, kind: type[DataLoader] = DataLoader, **arguments: Any) -> DataLoader:
+    def build(self, dataset: Dataset, kind: type[DataLoader] = HandingLoader, **arguments: Any) -> DataLoader:
         """A DataLoader of `dataset` that works so."""
         if self.workers:  # torch refuses these for a loader that works in the training process
-            arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent}
+            arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent, "timeout": SECONDS}
         start = partial(_start_worker, image_pixel_limit())
         return kind(dataset, num_workers=self.workers, pin_memory=self.pin_memory, worker_init_fn=start, **arguments)
 
@@ -40,6 +41,7 @@ def _start_worker(max_image_pixels: int, _: int) -> None:
     """A loading process takes over the limit of image sizes, not being a copy of its parent everywhere."""
     limit_image_pixels(max_image_pixels)
     outlive_signals()
+    give_up_where_nothing_can_be_handed_over()
     sys.excepthook = _tell_unless_orphaned
 
 
@@ -56,7 +58,7 @@ def train_loader(
 
     An unreadable image raises DataError or, with `skip_bad`, another sample takes its place.
     """
-    kind = ReplacingLoader if skip_bad else DataLoader
+    kind = ReplacingLoader if skip_bad else HandingLoader
     batches = {"batch_size": sampler.batch_size, "sampler": sampler, "drop_last": True}
     return options.build(dataset, kind, collate_fn=collate, **batches)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.errors import DataError
+from dataset.handover import HandingLoader
 from dataset.semi import REPLACEMENT, stream
 
 TRIES = 10
@@ -47,7 +48,7 @@ class ReplacingDataset(Dataset):
         return key._replace(labeled=labeled, unlabeled=unlabeled, partner=partner)
 
 
-class ReplacingLoader(DataLoader):
+class ReplacingLoader(HandingLoader):
     """A DataLoader of `ReplacingDataset(dataset)` whose batches are those of a loader of `dataset`.
 
     `faults` has a message for each sample that was replaced in the batches taken so far; take them out of there.

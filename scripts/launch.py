@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 from util.distributed.network import port_fault
@@ -151,10 +152,19 @@ def run(args):
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
 
-    # By its own name a machine may not find itself; localhost always works.
-    meeting = ["--standalone", "--local-addr=localhost"] if port is None else [f"--master-port={port}"]
+    # By its own name a machine may not find itself, and some hosts files lack localhost: the address always works.
+    meeting = ["--local-addr=127.0.0.1"]
+    if port is None:  # as --standalone
+        meeting += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4()}"]
+    else:
+        meeting += [f"--master-port={port}"]
     if nodes > 1:
-        meeting += [f"--node-rank={args.node_rank}", f"--master-addr={args.master_addr}", "--rdzv-conf=timeout=900"]
+        meeting = [
+            f"--master-port={port}",
+            f"--node-rank={args.node_rank}",
+            f"--master-addr={args.master_addr}",
+            "--rdzv-conf=timeout=900",
+        ]
     try:
         with tempfile.TemporaryDirectory() as logs:  # its own would stay behind
             options = [*meeting, f"--nnodes={nodes}", f"--nproc-per-node={processes}", f"--log-dir={logs}"]

@@ -459,13 +459,14 @@ def test_a_plain_start_is_one_process(environment):
 
 
 def test_torchrun_tells_the_processes(environment):
-    environment.update(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+    environment.update(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="a", MASTER_PORT="7")
     assert find_processes() == Processes(5, 8, 1)
     assert not find_processes().is_main
 
 
 def test_torchrun_inside_a_slurm_step_counts(environment):
     environment.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="3")
+    environment.update(MASTER_ADDR="a", MASTER_PORT="7")
     assert find_processes() == Processes(1, 2, 1)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.helpers import make_dataset
 from util.cli import parse_args
-from util.distributed.launch import Processes
+from util.distributed.launch import Processes, find_processes
+from util.errors import ConfigError
 from util.run import open_run
 
 
@@ -72,3 +73,28 @@ def test_a_folder_of_unlabelled_images_is_used_without_what_is_hidden(data, tmp_
 def test_a_batch_of_one_image_is_warned_of(data, tmp_path, capsys, batch_size, told):
     data.configure(batch_size=batch_size)
     assert ("warning: BatchNorm normalises over 2 images only" in start(data, tmp_path, capsys)[1]) is told
+
+
+@pytest.mark.parametrize(
+    ("variables", "fragment"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' in the environment is no number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT=''"),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS='many'"),
+    ],
+)
+def test_variables_that_are_left_over_are_named(monkeypatch, variables, fragment):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        find_processes()
+    assert fragment in str(caught.value) and "unset RANK" in str(caught.value)
+    for name in variables:
+        monkeypatch.setenv(name, "")  # empty is not set
+    assert find_processes() == Processes()

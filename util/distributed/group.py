@@ -12,13 +12,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from util.distributed.launch import Processes, launcher_keeps_store, local_process_count, master_address
+from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, local_process_count, master_address
 from util.distributed.network import choose_interface, interfaces, is_loopback, source_address
 from util.distributed.store import Helper, NoAnswer, StoreLost
 from util.distributed.watchdog import Watchdog
 from util.errors import ConfigError, TrainingStopped
 
-PATIENCE = 7200  # seconds for all processes to come: the main one may check the data for long before it does
+PATIENCE = 7200  # seconds for the main process to come, which checks the data before; the others come sooner
 
 
 @contextlib.contextmanager
@@ -49,7 +49,9 @@ def process_group(
         raise TrainingStopped(f"the processes cannot meet: {error}") from None
     watchdog.start()
     try:
-        addresses = watchdog.meet(source_address(master_address()[0]) or "127.0.0.1", PATIENCE)
+        addresses = watchdog.meet(
+            source_address(master_address()[0]) or "127.0.0.1", PATIENCE if processes.rank else max(600, seconds)
+        )
         if processes.count > local_process_count():
             _set_interface(addresses)
         try:
@@ -95,9 +97,10 @@ def _connect(processes: Processes, seconds: float) -> dist.Store:
     wait = helper.start(lambda: dist.TCPStore(address, port, is_master=serve, wait_for_workers=False, timeout=patience))
     try:
         with contextlib.suppress(NoAnswer):
-            return wait(60)
-        if processes.local_rank == 0:
-            print(f"note: waiting for process 0 at {address}:{port}", file=sys.stderr, flush=True)
+            return wait(10)
+        if processes.local_rank == 0 or not launcher_keeps_store():
+            line = f"note: waiting for process 0 at {address}:{port}, which checks the data first ({LEFT_OVER})"
+            print(line, file=sys.stderr, flush=True)
         return wait(PATIENCE)
     except (NoAnswer, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else "no answer"

@@ -13,6 +13,12 @@ import torch
 from util.distributed.network import port_fault
 from util.errors import ConfigError
 
+# What to say where the environment tells of processes that are not there.
+LEFT_OVER = (
+    "unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS if they are left over, or start with "
+    "python -m scripts.launch, torchrun or srun"
+)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -33,29 +39,46 @@ def find_processes(port: int | None = None) -> Processes:
     Under srun the rendezvous address is put into the environment: the job's first node, and `port`.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return Processes(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if env.get("RANK") and env.get("WORLD_SIZE"):
+        processes = Processes(_number("RANK"), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", default=0))
+        if processes.rank >= processes.count:
+            raise ConfigError(f"RANK={processes.rank} with WORLD_SIZE={processes.count}: {LEFT_OVER}")
+        if processes.count > 1:
+            if not env.get("MASTER_ADDR"):
+                raise ConfigError(f"RANK and WORLD_SIZE={processes.count} are set, MASTER_ADDR is not: {LEFT_OVER}")
+            _number("MASTER_PORT", 1)
+        return processes
     # Only srun sets SLURM_STEP_NUM_TASKS: a plain `python` inside a batch script is alone, whatever the job's size.
-    count = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    count = _number("SLURM_STEP_NUM_TASKS", 1, default=1)
     if count == 1:
         return Processes()
-    if "MASTER_ADDR" not in env:
+    if not env.get("MASTER_ADDR"):
         env["MASTER_ADDR"] = _first_slurm_node()
-    if "MASTER_PORT" not in env:
+    if not env.get("MASTER_PORT"):
         if port is None:
             raise ConfigError("--port is needed under srun with several processes: any free port, the same for all")
         env["MASTER_PORT"] = str(port)
-    processes = Processes(int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]))
-    if processes.is_main and (fault := port_fault(int(env["MASTER_PORT"]))):
+    processes = Processes(_number("SLURM_PROCID"), count, _number("SLURM_LOCALID"))
+    if processes.is_main and (fault := port_fault(_number("MASTER_PORT", 1))):
         raise ConfigError(f"port {env['MASTER_PORT']} is {fault} on {env['MASTER_ADDR']}: choose another")
     return processes
+
+
+def _number(name: str, minimum: int = 0, default: int | None = None) -> int:
+    """The whole number that an environment variable holds; `default` if it is not set. Raises ConfigError."""
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < minimum:
+        raise ConfigError(f"{name}={text!r} in the environment is no number from {minimum} on: {LEFT_OVER}")
+    return int(text)
 
 
 def local_process_count() -> int:
     """The number of processes of this run on this machine."""
     env = os.environ
-    if "LOCAL_WORLD_SIZE" in env:
-        return int(env["LOCAL_WORLD_SIZE"])
+    if env.get("LOCAL_WORLD_SIZE"):
+        return _number("LOCAL_WORLD_SIZE", 1)
     # Slurm writes `4`, or `4(x2),3` for nodes with 4, 4 and 3 tasks: the first number is near enough.
     tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "")) if "SLURM_STEP_NUM_TASKS" in env else None
     return int(tasks[0]) if tasks else 1

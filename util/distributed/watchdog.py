@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from util.distributed.launch import Processes, launcher_keeps_store, master_address
+from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, master_address
 from util.distributed.store import BoundedStore, StoreLost
 from util.errors import EXIT_CONSEQUENCE, EXIT_STOPPED, Interrupted, Silenced, TrainingStopped, error_line
 from util.signals import StopSignals
@@ -62,9 +62,11 @@ class Watchdog:
             waited = time.monotonic() - started
             if waited > patience:
                 raise TrainingStopped(f"process {_some(missing)} did not come within {waited / 60:.0f} minutes")
-            if waited > 60 and not told and self._rank == min(values):
+            if waited > 10 and not told and self._rank == min(values):
                 told = True
-                print(f"note: waiting for process {_some(missing)} to start", file=sys.stderr, flush=True)
+                why = "the data are checked first" if 0 in missing else LEFT_OVER
+                line = f"note: waiting for process {_some(missing)} of {self._count} to start ({why})"
+                print(line, file=sys.stderr, flush=True)
             time.sleep(min(1.0, 0.02 + waited / 10))
 
     def close(self) -> None:

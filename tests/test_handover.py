@@ -1,0 +1,72 @@
+"""dataset/handover.py: loading processes that cannot send their batches end the run in one line."""
+
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from dataset import DataError
+from dataset.handover import handover_fault
+from dataset.loader import LoaderOptions
+
+
+class Unsendable:
+    """What no queue can take."""
+
+    def __reduce__(self):
+        raise pickle.PicklingError("too many open files")
+
+
+class Batches(Dataset):
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.item()
+
+
+def same(batch):
+    return batch
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method):
+    context = multiprocessing.get_context(method)
+    loader = LoaderOptions(1).build(Batches(Unsendable), collate_fn=same, multiprocessing_context=context)
+    with pytest.raises(DataError, match=r"^loading processes: one could not hand its batch over.*; lower workers"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)", "/dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...", "/dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "want of memory"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly with exit code 1.", "hand its batch over"),
+        ("DataLoader timed out after 1800 seconds", "none gave a batch"),
+        ("Too many open files. Communication with the workers is no longer possible.", "open files"),
+        ("shapes differ", None),
+    ],
+)
+def test_each_way_of_failing_between_the_processes_is_named(text, fragment):
+    found = handover_fault(RuntimeError(text))
+    assert found is None if fragment is None else fragment in found
+
+
+def test_other_errors_pass_as_they_are():
+    def broken():
+        raise RuntimeError("of our own")
+
+    with pytest.raises(RuntimeError, match="of our own"):
+        next(iter(LoaderOptions(0).build(Batches(broken), collate_fn=same)))
+    assert torch.equal(next(iter(LoaderOptions(1).build(Batches(_one), collate_fn=same)))[0], torch.ones(2))
+
+
+def _one():
+    return torch.ones(2)
