@@ -496,7 +496,7 @@ def test_train_finds_the_toy_sets_list_or_says_how_to_make_it(project):
         (["0"], {}, ["num_gpu", "'0'"]),
         (["-1"], {}, ["num_gpu", "'-1'"]),
         (["1", "http"], {}, ["port", "'http'"]),
-        (["1"], {"method": "fixmach"}, ["method=fixmach", "unimatch fixmatch supervised"]),
+        (["1"], {"method": "fixmach"}, ["method=fixmach", "unimatch unimatch_v2 fixmatch supervised"]),
         (["1"], {"dataset": "pascla"}, ["configs/pascla.yaml", "coco my own pascal toy"]),
         (["1"], {"split": "733"}, ["splits/pascal/733/labeled.txt", "one of: 732 92,"]),
         (["1"], {"dataset": "my own"}, ["splits/my own/732/labeled.txt", "labeled=PATH"]),
