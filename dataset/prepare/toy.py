@@ -28,11 +28,11 @@ PALETTE = ((0, 0, 0), (60, 140, 240), (250, 200, 40), (60, 180, 75), (170, 80, 2
 
 NUM_LABELED = 8
 NUM_UNLABELED = 296
-NUM_VAL = 64
+NUM_VAL = 128
 # The first NUM_LABELED images of train are the labelled ones.
 SUBSETS = {"train": NUM_LABELED + NUM_UNLABELED, "val": NUM_VAL}
 
-VERSION = 1  # raise it with every change of a pixel: sets of another version are made anew
+VERSION = 2  # raise it with every change of a pixel: sets of another version are made anew
 MANIFEST = "manifest.json"
 
 # Classes of the topmost objects, in turn: any eight images in a row show every class.
@@ -137,12 +137,12 @@ def _palette() -> bytes:
 
 
 def scene(seed: int, subset: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `index` of `subset`: the picture (H, W, 3) and its label (H, W), both uint8; sides of 80 to 112 pixels.
+    """Image `index` of `subset`: the picture (H, W, 3) and its label (H, W), both uint8; sides of 60 to 80 pixels.
 
     A label holds indices into `CLASSES`, and 255 along the objects' outlines, as Pascal VOC's do.
     """
     rng = np.random.default_rng([seed, list(SUBSETS).index(subset), index])
-    width, height = (int(side) for side in rng.integers(80, 113, 2))
+    width, height = (int(side) for side in rng.integers(60, 81, 2))
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
 
     picture = _mix(_mottle(x, y, rng), *_colour_pair(rng, contrast=60, saturation=0.3))
@@ -212,7 +212,7 @@ def _draw_centre(width: int, height: int, taken: list, rng: np.random.Generator)
 def _outline(dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Where an ellipse, box, hexagon or triangle about the origin lies: (H, W) bool."""
     u, v = _rotate(dx, dy, rng)
-    radius = _uniform(rng, 17, 30)
+    radius = _uniform(rng, 13, 22)
     stretch = _uniform(rng, 0.8, 1.25)
     u, v = u / (radius * stretch), v / (radius / stretch)
     kind = int(rng.integers(4))
@@ -228,7 +228,7 @@ def _outline(dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.nda
 def _pattern(name: str, dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The class's pattern, tilted by up to 20 degrees, as shares of two colours: (H, W) in [0, 1]."""
     u, v = _rotate(dx, dy, rng, tangent=0.18)
-    period = _uniform(rng, 8, 12)
+    period = _uniform(rng, 7, 10)
     if name in ("bars", "bands"):
         return _soft(_wave((u if name == "bars" else v) / period) - _uniform(rng, 0.4, 0.6), period)
     period *= 1.5  # a check is half a period wide, and blur would merge smaller ones
@@ -251,7 +251,7 @@ def _soft(height: np.ndarray, slope: float) -> np.ndarray:
 
 def _mottle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Smooth noise in [0, 1] of two grain sizes: random values on a grid, interpolated."""
-    grain = _uniform(rng, 7, 14)
+    grain = _uniform(rng, 5, 10)
     total = np.zeros_like(x)
     for size, weight in ((grain, 0.65), (grain / 2, 0.35)):
         u, v = _rotate(x, y, rng)
