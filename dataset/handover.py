@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from dataset.errors import DataError
 
 SECONDS = 1800  # without a batch, after which the loading processes have failed
+CHECK = 30  # seconds between two looks at whether they live; torch looks after each time-out only
 WAY_OUT = (
     "lower workers or prefetch, give a container more shared memory by --shm-size, raise the limit on open files "
     "(ulimit -n), or set workers: 0"
@@ -22,15 +23,24 @@ class HandingLoader(DataLoader):
     """A DataLoader that says in one line why its loading processes give no more batches. Raises DataError."""
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from super().__iter__()
-        except DataError:
-            raise
-        except (RuntimeError, OSError) as error:
-            reason = handover_fault(error) if self.num_workers else None
-            if reason is None:
+        batches, waited = super().__iter__(), 0.0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DataError:
                 raise
-            raise DataError(f"loading processes: {reason}; {WAY_OUT}") from None
+            except (RuntimeError, OSError) as error:
+                if "DataLoader timed out" in str(error) and waited + self.timeout < SECONDS:
+                    waited += self.timeout  # they all live; the next call goes on waiting for the same batch
+                    continue
+                reason = handover_fault(error) if self.num_workers else None
+                if reason is None:
+                    raise
+                raise DataError(f"loading processes: {reason}; {WAY_OUT}") from None
+            waited = 0.0
+            yield batch
 
 
 def handover_fault(error: Exception) -> str | None:

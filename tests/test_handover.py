@@ -2,6 +2,8 @@
 
 import multiprocessing
 import pickle
+import signal
+import time
 
 import pytest
 import torch
@@ -34,12 +36,40 @@ def same(batch):
     return batch
 
 
+class SlowBatches(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(2.5)
+        return index
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method):
     context = multiprocessing.get_context(method)
     loader = LoaderOptions(1).build(Batches(Unsendable), collate_fn=same, multiprocessing_context=context)
     with pytest.raises(DataError, match=r"^loading processes: one could not hand its batch over.*; lower workers"):
         next(iter(loader))
+
+
+def test_a_dead_loading_process_is_noticed_without_the_signal_of_its_end(monkeypatch):
+    monkeypatch.setattr("dataset.loader.CHECK", 1)
+    loader = iter(LoaderOptions(1).build(Batches(Unsendable), collate_fn=same))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would tell
+    try:
+        with pytest.raises(DataError, match=r"^loading processes: one could not hand its batch over"):
+            next(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr("dataset.loader.CHECK", 1)
+    assert list(LoaderOptions(1).build(SlowBatches(), collate_fn=same)) == [[0], [1]]
+    monkeypatch.setattr("dataset.handover.SECONDS", 2)
+    with pytest.raises(DataError, match=r"none gave a batch for 2 s"):
+        next(iter(LoaderOptions(1).build(SlowBatches(), collate_fn=same)))
 
 
 @pytest.mark.parametrize(
