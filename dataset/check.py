@@ -16,6 +16,7 @@ from dataset.lists import Sample
 
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+TWO_WAYS = "labels that can be read two ways"  # the heading of such faults
 
 
 def check_samples(
@@ -88,7 +89,7 @@ def mixed_fault(two_ways: Sequence[Path], found: Set[int]) -> DataError | None:
 def _two_ways_fault(path: Path, bits: str = "few bits") -> DataError:
     return DataError(
         f"{path}: a label of {bits} per pixel, whose white may mean a class or 255 (ignored): store 8 bits per pixel",
-        "labels that can be read two ways",
+        TWO_WAYS,
     )
 
 

@@ -202,7 +202,11 @@ FAULTS = {
 
 # What the check at a run's start sees; it decodes no image that ends as it should.
 DATA_FAULTS = {fault: None for fault in faults.ERRORS if fault is not faults.image_damaged_inside}
-DATA_FAULTS |= {faults.missing_image: "supervised", faults.label_value_outside_the_classes: "unimatch"}
+DATA_FAULTS |= {
+    faults.missing_image: "fixmatch",
+    faults.missing_label: "supervised",
+    faults.label_value_outside_the_classes: "unimatch",
+}
 
 
 def spoil(fault, data, save_path):
@@ -267,6 +271,8 @@ def test_a_script_ends_with_one_line_and_status_2(data, tmp_path, fault, method)
 def test_a_batch_is_counted_over_all_processes(data, tmp_path, capsys, monkeypatch, changes, fragment):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setattr("util.run.process_group", stop_here)
     data.configure(**changes)
     arguments = data.arguments(tmp_path / "run")
@@ -413,7 +419,7 @@ def a_key_given_twice(data, save_path):
 
 
 def a_label_map_with_a_value_twice(data, save_path):
-    return ["--set label_map=", "key 1 is given twice"], ["--set", "label_map={0: 0, 1: 1, 0x1: 2}"]
+    return ["--set label_map=", "key 1 is given twice"], ["--set", "label_map={0: 0, 1: 1, 1: 2}"]
 
 
 def a_key_of_a_megabyte(data, save_path):

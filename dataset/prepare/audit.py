@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torchvision import io as torchvision_io
 
-from dataset.check import can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
+from dataset.check import TWO_WAYS, can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
 from dataset.errors import DataError
 from dataset.files import IGNORE_INDEX, image_pixel_limit, limit_image_pixels, open_image, orientation, read_label
 from dataset.lists import Sample, is_hidden, location, shared_images
@@ -186,7 +186,8 @@ def inspect_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[i
         findings.append(Finding(WARNING, LOSSY, str(path)))
     if {(label_map or {}).get(value, value) for value in found} == {IGNORE_INDEX}:
         findings.append(Finding(WARNING, EMPTY, str(path)))
-    two_ways = can_be_read_two_ways(found, label.info["shown"], nclass, label_map)
+    told = any(finding.kind == TWO_WAYS for finding in findings)  # of this file alone, so not of the list as well
+    two_ways = not told and can_be_read_two_ways(found, label.info["shown"], nclass, label_map)
     return Look(findings, digest, size, pixels, two_ways)
 
 
