@@ -138,7 +138,7 @@ class Config:
     prefetch: int = _setting("batches that each loading process has ready", 2, minimum=1, maximum=64)
     persistent_workers: bool = _setting("keep the loading processes from one epoch to the next", True)
     pin_memory: bool | None = _setting(
-        "load batches into pinned memory, whence GPUs copy faster; default: for GPUs", None
+        "load batches into pinned memory, for faster GPU copies; default: for GPUs", None
     )
     photometry: Literal["worker", "device"] = _key(
         "where the strong views' colours and blur are made; on the device they differ by some levels", "worker"

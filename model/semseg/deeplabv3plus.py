@@ -77,7 +77,7 @@ class DeepLabV3Plus(nn.Module):
     """
 
     size_multiple = 1  # what an image's sides must be multiples of, in pixels
-    REDUCED_CHANNELS = 48  # of c1, lest it outweighs the head's output
+    REDUCED_CHANNELS = 48  # of c1, so that it does not outweigh the head's output
 
     def __init__(
         self,
