@@ -6,23 +6,30 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path, durable: bool = False, temporary: Path | None = None) -> Iterator[Path]:
+def replacing(
+    path: Path,
+    durable: bool = False,
+    temporary: Path | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
     """A temporary path beside `path`, to be written. It takes the place of `path` if the block ends without an error.
 
     `durable` waits for the disk, so that a power cut cannot leave an empty file either. The folder must exist. Raises
     OSError; the temporary file is then gone. A killed process leaves it: see `remove_leftovers`. With one writer at a
-    time, `temporary` may be a fixed path, which the next write overwrites.
+    time, `temporary` may be a fixed path, which the next write overwrites. `check` runs right before the replacing and
+    may refuse it by raising an error.
     """
     temporary = temporary or path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         if durable:
             sync(temporary)
+        check()
         os.replace(temporary, path)
         if durable:
             sync_folder(path.parent)

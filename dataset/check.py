@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,8 +27,11 @@ def check_samples(
     nclass: int,
     threads: int = 8,
     label_map: Mapping[int, int] | None = None,
+    progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda checked, total: checked,
 ) -> None:
     """Check every file of a list; the first fault in list order is raised as DataError.
+
+    `progress` wraps the iterator over the checked samples, whose number it gets too.
 
     Images: present, a readable header, not truncated. Labels: present, of the image's size, values after `label_map`
     below `nclass` or 255. Images are decoded only where their last bytes look cut off; labels always.
@@ -36,8 +41,8 @@ def check_samples(
     found: set[int] = set()
     two_ways = []
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
-        checked = pool.map(lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples)
-        for sample, (values, shown) in zip(samples, checked, strict=True):
+        checked = _map(pool, lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples)
+        for sample, (values, shown) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
             if can_be_read_two_ways(values, shown, nclass, label_map):
                 two_ways.append(root / sample.label)
@@ -46,6 +51,21 @@ def check_samples(
         raise fault
     if fault := mixed_fault(two_ways, found):
         raise fault
+
+
+def _map(pool: ThreadPoolExecutor, work: Callable[[Sample], Any], samples: Sequence[Sample]) -> Iterator[Any]:
+    """The results in order. Few are asked for in advance: a million pending ones take 1.6 GB."""
+    pending: deque[Future] = deque()
+    try:
+        for sample in samples:
+            pending.append(pool.submit(work, sample))
+            if len(pending) > 1024:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def check_root(root: Path) -> None:

@@ -38,7 +38,7 @@ def read_list(path: str | Path, labels: bool = True, inside: str | Path | None =
     only, so that names may contain spaces. With `labels`, every line must have a label. With `inside`, the data root,
     no path may leave that folder. Raises DataError for a missing, empty or malformed list.
     """
-    samples = []
+    samples, root = [], None if inside is None else os.path.abspath(inside)
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         line = line.lstrip()
         if not line or line.startswith("#"):
@@ -58,7 +58,8 @@ def read_list(path: str | Path, labels: bool = True, inside: str | Path | None =
                 f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
             )
         for column in columns:
-            if inside is not None and not is_inside(column, inside):
+            # Most paths are plain: only one that begins with / or goes up can lie outside.
+            if root is not None and (column[0] == "/" or ".." in column) and not is_inside(column, root):
                 raise DataError(f"{path}:{number}: {column} lies outside data_root ({inside}); {ALLOW_OUTSIDE}")
         samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
     if not samples:
@@ -108,8 +109,9 @@ def find_unlabeled(
         images = images_in(folder, Path(data_root))
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
-    taken = {location(data_root, sample.image) for sample in labeled}
-    samples = [Sample(image, None) for image in images if location(data_root, image) not in taken]
+    root = os.path.abspath(data_root)  # once, not for each of millions of images
+    taken = {location(root, sample.image) for sample in labeled}
+    samples = [Sample(image, None) for image in images if location(root, image) not in taken]
     if not samples:
         raise DataError(f"{source}: no unlabelled image in it ({len(images)} images, all of them labelled)")
     return samples
@@ -170,8 +172,10 @@ def is_hidden(path: str) -> bool:
 
 def shared_images(samples: Sequence[Sample], others: Sequence[Sample], data_root: str | Path) -> list[str]:
     """The images of `samples` that are also among `others`, however either list writes their paths."""
-    taken = {location(data_root, sample.image) for sample in others}
-    return [sample.image for sample in samples if location(data_root, sample.image) in taken]
+    root = os.path.abspath(data_root)
+    wanted = {location(root, sample.image) for sample in samples}
+    taken = {path for sample in others if (path := location(root, sample.image)) in wanted}
+    return [sample.image for sample in samples if location(root, sample.image) in taken]
 
 
 def location(data_root: str | Path, image: str | Path) -> str:

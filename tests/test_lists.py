@@ -1,10 +1,12 @@
 """dataset/lists.py: list files and folders of images, what they find, and what they refuse by name."""
 
 import errno
+import itertools
 import os
 
 import pytest
 
+from dataset import check
 from dataset.check import check_samples
 from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list
 from tests.helpers import complaint, photo, save
@@ -203,3 +205,19 @@ def test_a_folder_that_cannot_be_read_is_named_not_passed_over(tmp_path, monkeyp
 )
 def test_a_path_is_hidden_where_a_part_of_it_is(path, hidden):
     assert is_hidden(path) is hidden
+
+
+def test_the_quick_check_keeps_few_results_and_tells_of_its_progress(monkeypatch, tmp_path):
+    """A result that was asked for takes memory until it is read."""
+    begun = itertools.count(1)
+    monkeypatch.setattr(check, "_check_sample", lambda *_: (next(begun), (set(), None))[1])
+    totals = []
+
+    def progress(checked, total):
+        totals.append(total)
+        yield next(checked)
+        assert next(begun) <= 1100  # of 5000
+        yield from checked
+
+    check_samples([Sample(f"{i}.png", None) for i in range(5000)], tmp_path, 3, progress=progress)
+    assert totals == [5000] and next(begun) == 5002

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dataset.atomic import replacing, sync
+from dataset.atomic import replacing
 from util.errors import CheckpointError
 from util.lock import check_lock
 from util.run_files import BEST, CONFIG_FILE, EPOCHS, LATEST, MID_EPOCH, PREVIOUS, RESULTS
@@ -45,10 +45,9 @@ def writing(path: Path) -> Iterator[Path]:
     # A name of this process alone: a run that was suspended may still be writing its own.
     temporary = path.with_name(f"{path.name}.{_TOKEN}.tmp")
     try:
-        with replacing(path, durable=True, temporary=temporary):
+        # Checked again: a run may be suspended, and its lock taken over, at any moment.
+        with replacing(path, durable=True, temporary=temporary, check=lambda: check_lock(path.parent)):
             yield temporary
-            sync(temporary)  # so that nothing after the check takes long: a run may be suspended at any moment
-            check_lock(path.parent)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({_reason(error)}); earlier ones are intact") from None
 

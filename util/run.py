@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dataset.cache import ImageCache, open_cache
 from dataset.check import check_samples
@@ -212,8 +216,21 @@ def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
     """Check every listed file. Raises DataError; returns warnings for the log."""
     data_root = resolve_path(cfg.data_root)
     for samples in (lists.labeled, lists.unlabeled or [], lists.val):
-        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map)
+        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map, progress=_show_checking)
     return describe_doubts(lists, data_root)
+
+
+def _show_checking(checked: Iterator[Any], total: int) -> Iterator[Any]:
+    """On a terminal a bar, else a line a minute; nothing for a check of seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(checked, total=total, desc="checking data", delay=3, leave=False, dynamic_ncols=True)
+        return
+    told = time.monotonic()
+    for number, item in enumerate(checked, 1):
+        if time.monotonic() - told >= 60:
+            told = time.monotonic()
+            print(f"checking data: {number} of {total} samples", file=sys.stderr, flush=True)
+        yield item
 
 
 def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
