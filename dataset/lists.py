@@ -59,7 +59,7 @@ def read_list(path: str | Path, labels: bool = True, inside: str | Path | None =
             )
         for column in columns:
             # Most paths are plain: only one that begins with / or goes up can lie outside.
-            if root is not None and (column[0] == "/" or ".." in column) and not is_inside(column, root):
+            if root is not None and (column.startswith("/") or ".." in column) and not is_inside(column, root):
                 raise DataError(f"{path}:{number}: {column} lies outside data_root ({inside}); {ALLOW_OUTSIDE}")
         samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
     if not samples:
