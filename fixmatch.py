@@ -20,7 +20,7 @@ from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion
 from util.run import open_run
-from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
+from util.semi import consistency_loss, cutmix, cutmix_reversed, mask_ratio, predict_pseudo_label, pseudo_label
 from util.teacher import Teacher
 from util.train.loop import fit
 
@@ -62,11 +62,12 @@ def fixmatch_step(
 
 
 def _teacher_step(model, batch, criterion, conf_thresh, backward, teacher) -> dict[str, torch.Tensor]:
+    """FixMatch of UniMatch V2: the teacher's pseudo-labels, [x; s] in one forward, CutMix from the reversed batch."""
     (image_x, label_x), u = batch
     with torch.no_grad():
         label_w, conf_w = pseudo_label(teacher.model(u.weak))
     image_s, label, conf, ignore_mask = (
-        cutmix(own, own.flip(0), u.box1) for own in (u.strong1, label_w, conf_w, u.ignore_mask)
+        cutmix_reversed(own, u.box1) for own in (u.strong1, label_w, conf_w, u.ignore_mask)
     )
     model.train()
     logits_x, logits_s = model(torch.cat([image_x, image_s])).split([len(image_x), len(image_s)])

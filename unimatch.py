@@ -67,9 +67,8 @@ def unimatch_step(
 
     loss = (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2
     metrics = {"loss": loss, "loss_x": loss_x, "loss_s": (loss_s1 + loss_s2) / 2, "loss_fp": loss_fp}
-    return {name: value.detach() for name, value in metrics.items()} | {
-        "mask_ratio": mask_ratio(conf_w, u.ignore_mask, conf_thresh)
-    }
+    metrics["mask_ratio"] = mask_ratio(conf_w, u.ignore_mask, conf_thresh)
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

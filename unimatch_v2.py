@@ -20,7 +20,7 @@ from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion
 from util.run import open_run
-from util.semi import consistency_loss, cutmix, mask_ratio, pseudo_label
+from util.semi import consistency_loss, cutmix_reversed, mask_ratio, pseudo_label
 from util.teacher import Teacher
 from util.train.loop import fit
 
@@ -41,7 +41,7 @@ def unimatch_v2_step(
     (image_x, label_x), u = batch
     with torch.no_grad():
         label_w, conf_w = pseudo_label(teacher.model(u.weak))
-    image_s1, image_s2 = _mix(u.strong1, u.box1), _mix(u.strong2, u.box2)
+    image_s1, image_s2 = cutmix_reversed(u.strong1, u.box1), cutmix_reversed(u.strong2, u.box2)
 
     model.train()
     with no_sync(model):
@@ -49,7 +49,7 @@ def unimatch_v2_step(
         backward(loss_x / 2)
 
     def strong_loss(logits_s: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-        label, conf, ignore_mask = (_mix(own, box) for own in (label_w, conf_w, u.ignore_mask))
+        label, conf, ignore_mask = (cutmix_reversed(own, box) for own in (label_w, conf_w, u.ignore_mask))
         return consistency_loss(logits_s, label, conf, ignore_mask, conf_thresh)
 
     logits_s1, logits_s2 = model(torch.cat([image_s1, image_s2]), comp_drop=True).chunk(2)
@@ -57,14 +57,8 @@ def unimatch_v2_step(
     backward(loss_s / 2)
 
     metrics = {"loss": (loss_x + loss_s) / 2, "loss_x": loss_x, "loss_s": loss_s}
-    return {name: value.detach() for name, value in metrics.items()} | {
-        "mask_ratio": mask_ratio(conf_w, u.ignore_mask, conf_thresh)
-    }
-
-
-def _mix(own: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    """CutMix by reversal: inside its box, sample k gets what sample B - 1 - k has."""
-    return cutmix(own, own.flip(0), box)
+    metrics["mask_ratio"] = mask_ratio(conf_w, u.ignore_mask, conf_thresh)
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

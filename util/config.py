@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.catalog import CATALOG
-from util.config_rules import check_batch, check_rules, for_method, has_teacher
+from util.config_rules import batchnorm_group, check_batch, check_rules, for_method, has_teacher
 from util.config_schema import EVAL_MODES, NOT_SHAPING, Config, Criterion
 from util.config_values import convert, convert_label_map, plain_values, without_kwargs
 from util.errors import ConfigError, one_line, quoted, suggest
@@ -26,6 +26,7 @@ __all__ = [
     "PROJECT_ROOT",
     "Config",
     "Criterion",
+    "batchnorm_group",
     "check_batch",
     "config_from",
     "differing_keys",

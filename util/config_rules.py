@@ -100,7 +100,7 @@ def for_method(cfg: Config, method: str) -> Config:
 
 def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabeled: int | None) -> None:
     """Refuse a batch that the data or BatchNorm cannot give. `unlabeled` is None for the supervised baseline."""
-    per_step = cfg.batch_size * processes * cfg.accumulate
+    per_step = cfg.step_images * processes
     parts = f"batch_size {cfg.batch_size} x {processes} processes"
     parts += f" x {cfg.accumulate} accumulated" if cfg.accumulate > 1 else ""
     for kind, count in (("labelled", labeled), ("unlabelled", unlabeled)):
@@ -109,13 +109,17 @@ def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabele
                 f"{count} {kind} image{'s' * (count != 1)} cannot fill one batch of {per_step} "
                 f"({parts}): lower batch_size or use fewer processes"
             )
-    if cfg.model == "dpt":  # has no BatchNorm
-        return
-    # The smallest BatchNorm group is that of one training forward: [x; w] and [s1; s2] have two images per sample,
-    # FixMatch's [s] and the supervised [x] have one.
-    group = cfg.batch_size * processes * (2 if method == "unimatch" else 1)
-    if group < 2:
+    group = batchnorm_group(cfg, method, processes)
+    if group is not None and group < 2:
         raise ConfigError(
             f"batch_size {cfg.batch_size} on {processes} process gives {method} a BatchNorm group of {group} image: "
             "its variance needs 2 (the image-pooling branch has one value per image); raise batch_size or the processes"
         )
+
+
+def batchnorm_group(cfg: Config, method: str, processes: int) -> int | None:
+    """Images in the smallest BatchNorm group, that of one training forward; None where the model has no BatchNorm.
+
+    UniMatch's [x; w] and [s1; s2] have two images per sample, FixMatch's [s] and the supervised [x] have one.
+    """
+    return None if cfg.model == "dpt" else cfg.batch_size * processes * (2 if method == "unimatch" else 1)

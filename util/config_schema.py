@@ -186,6 +186,11 @@ class Config:
         "seconds after which a process that does not answer has failed", 600.0, minimum=1, maximum=86_400
     )
 
+    @property
+    def step_images(self) -> int:
+        """Labelled images that one process takes in a step, over all batches that it accumulates."""
+        return self.batch_size * self.accumulate
+
     def __post_init__(self) -> None:
         """Fill in what the data set implies, so that no list, name or colour of it is missing."""
         known = CATALOG.get(self.dataset)

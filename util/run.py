@@ -28,7 +28,16 @@ from dataset.source import DataSource
 from model import build_model, check_pretrained
 from util.backends import describe_backends, set_backends
 from util.checkpoint import set_aside, tidy, writing
-from util.config import Config, check_batch, for_method, has_teacher, load_config, resolve_path, to_dict
+from util.config import (
+    Config,
+    batchnorm_group,
+    check_batch,
+    for_method,
+    has_teacher,
+    load_config,
+    resolve_path,
+    to_dict,
+)
 from util.distributed.group import process_group
 from util.distributed.launch import (
     Processes,
@@ -74,7 +83,7 @@ class Run:
     def images_per_step(self) -> int:
         """Labelled and unlabelled images of one step, over all processes."""
         cfg = self.cfg
-        return cfg.batch_size * cfg.accumulate * self.processes.count * (1 if self.lists.unlabeled is None else 2)
+        return cfg.step_images * self.processes.count * (1 if self.lists.unlabeled is None else 2)
 
     def build_model(self) -> nn.Module:
         """The model, with the weights that the config starts from unless a checkpoint is going to replace them."""
@@ -125,10 +134,17 @@ class Run:
 
 def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
     unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
-    place = (processes.rank, processes.count)
-    batch = (cfg.batch_size, cfg.seed)
-    kind = (cfg.cutmix_partner, cfg.supervised_epoch, cfg.accumulate)
-    return EpochSampler(len(lists.labeled), unlabeled, *batch, *place, *kind)
+    return EpochSampler(
+        len(lists.labeled),
+        unlabeled,
+        cfg.batch_size,
+        cfg.seed,
+        processes.rank,
+        processes.count,
+        partner=cfg.cutmix_partner,
+        repeat_labeled_to=cfg.supervised_epoch,
+        accumulate=cfg.accumulate,
+    )
 
 
 def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
@@ -163,7 +179,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))
         if args.resume == "auto":
-            steps = len(_sampler(cfg, lists, processes)) // (cfg.batch_size * cfg.accumulate)
+            steps = len(_sampler(cfg, lists, processes)) // cfg.step_images
             found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
             notes += found.notes
         if processes.is_main:
@@ -191,7 +207,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
 
 def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tuple[Config, str]:
     """The published supervised baseline's batch: twice the recipe's, at the same learning rate. With a note."""
-    total = cfg.batch_size * cfg.accumulate * processes
+    total = cfg.step_images * processes
     if any(text.partition("=")[0].strip() == "batch_size" for text in overrides):
         return cfg, "batch size: as --set says, not doubled"
     if total >= 2 * cfg.reference_batch:
@@ -256,7 +272,7 @@ def _check_writable(save_path: Path) -> None:
 
 def _describe(run: Run) -> list[str]:
     cfg, count = run.cfg, run.processes.count
-    per_step = cfg.batch_size * cfg.accumulate * count
+    per_step = cfg.step_images * count
     parts = f"{cfg.batch_size} x {count}" + (f" x {cfg.accumulate} accumulated" if cfg.accumulate > 1 else "")
     unlabeled = "" if run.lists.unlabeled is None else f" + {per_step} unlabelled"
     linear = cfg.lr * per_step / cfg.reference_batch
@@ -267,9 +283,8 @@ def _describe(run: Run) -> list[str]:
             f"the linear rule would give {linear:g}: scale_lr: true applies it" if linear != cfg.lr else "as the recipe"
         )
     teacher = f", EMA teacher (decay {cfg.teacher_decay:g})" if has_teacher(cfg, run.method) else ""
-    group = cfg.batch_size * count * (2 if run.method == "unimatch" else 1)
-    few = []
-    if group <= 2 and cfg.model != "dpt":  # which has no BatchNorm
+    group, few = batchnorm_group(cfg, run.method, count), []
+    if group is not None and group <= 2:
         few = [
             f"warning: BatchNorm normalises over {group} images only (batch_size {cfg.batch_size} x {count}): its "
             "statistics will be noisy; raise batch_size or the processes"

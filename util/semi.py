@@ -46,6 +46,11 @@ def cutmix(own: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch
     return torch.where(inside.unsqueeze(1) if own.ndim == 4 else inside, partner, own)
 
 
+def cutmix_reversed(own: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """CutMix whose partner is the reversed batch: inside its box, sample k gets what sample B - 1 - k has."""
+    return cutmix(own, own.flip(0), box)
+
+
 def consistency_loss(
     logits: torch.Tensor, label: torch.Tensor, conf: torch.Tensor, ignore_mask: torch.Tensor, conf_thresh: float
 ) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import build_model, load_checkpoint_state, read_checkpoint
+from model import build_model, choose_network, load_checkpoint_state, read_checkpoint
 from util.cli import add_common_arguments
 from util.config import Config, config_from, load_config, resolve_path
 from util.errors import ConfigError
@@ -25,8 +25,6 @@ RESULT_KEYS = ("eval_mode", "crop_size", "label_map")
 # Of the machine that trained. A checkpoint's config is used without them.
 MACHINE_KEYS = ("device", "workers", "prefetch", "persistent_workers", "pin_memory", "compile")
 MACHINE_KEYS += ("cache", "cache_gb", "cache_dir")
-# What holds the weights of the averaged network beside `model`: here, and in the V2 release.
-TEACHER_KEYS = ("teacher", "model_ema")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Trained:
     def build(self) -> nn.Module:
         """The network with the checkpoint's weights, on the CPU. Raises WeightsError if they are of another one."""
         model = build_model(self.cfg, pretrained=False)
-        load_checkpoint_state(model, self.checkpoint, self.path)
+        load_checkpoint_state(model, self.checkpoint, self.path, "teacher" if self.weights == "teacher" else "student")
         return model
 
     def ready(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -135,7 +133,7 @@ def open_trained(args: argparse.Namespace) -> Trained:
         cfg = config_from(portable, f"{args.checkpoint} (its config)", args.overrides)
     if own is not None:
         notes += _compare(own, cfg, args)
-    checkpoint, weights = _choose_weights(checkpoint, args)
+    weights = _choose_weights(checkpoint, args)
     if weights == "teacher" and args.weights is None:
         notes.append("note: of the two networks in the checkpoint, the teacher is used (--weights student: the other)")
     return Trained(path, cfg, checkpoint, weights, tuple(notes))
@@ -173,16 +171,13 @@ def _compare(own: Config, cfg: Config, args: argparse.Namespace) -> list[str]:
     return notes
 
 
-def _choose_weights(checkpoint: Any, args: argparse.Namespace) -> tuple[Any, str]:
-    """The checkpoint with the asked-for network under `model`, and which one it is."""
-    key = next((key for key in TEACHER_KEYS if isinstance(checkpoint, Mapping) and key in checkpoint), None)
-    if key is None:
-        if args.weights == "teacher":
-            raise ConfigError(f"{args.checkpoint}: has no weights of a teacher: leave --weights out")
-        return checkpoint, "model"
-    if args.weights == "student":
-        return checkpoint, "student"
-    return {**checkpoint, "model": checkpoint[key]}, "teacher"
+def _choose_weights(checkpoint: Any, args: argparse.Namespace) -> str:
+    """Which network is used: the `model`, where there is one without a teacher, else the `teacher` or `student`."""
+    wanted = args.weights or "teacher"
+    found = choose_network(checkpoint, wanted)
+    if args.weights and found != args.weights:
+        raise ConfigError(f"{args.checkpoint}: has no weights of a {args.weights}: leave --weights out")
+    return found if choose_network(checkpoint, "teacher") == "teacher" else "model"
 
 
 def _shown(value: Any) -> str:

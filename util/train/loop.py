@@ -103,7 +103,7 @@ class Trainer:
                 self._log_if_due(bar)
             if progress.position == progress.steps:
                 return
-            self._loader.sampler.set_epoch(progress.epoch, progress.position * cfg.batch_size * cfg.accumulate)
+            self._loader.sampler.set_epoch(progress.epoch, progress.position * cfg.step_images)
             waited = self._clock.time_waits(self._loader)
             while batches := list(islice(waited, cfg.accumulate)):
                 iteration = progress.iteration
