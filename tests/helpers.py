@@ -119,6 +119,27 @@ def run_script(
     return subprocess.run(command, cwd=cwd, env=variables, timeout=timeout, capture_output=True, text=True, check=False)
 
 
+def load_checkpoint(path: Path, name: str = "latest.pth") -> dict[str, Any]:
+    """A checkpoint of the run saved in `path`."""
+    return torch.load(path / name, weights_only=True)
+
+
+def assert_same(first: Any, second: Any, where: str = "checkpoint") -> None:
+    """Nested containers are equal, tensors bit for bit."""
+    if isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}[{key!r}]")
+    elif isinstance(first, list):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
 def model_config(**changes: Any) -> SimpleNamespace:
     """The keys of a config that shape a model and how it computes; by default a ResNet-18 with 5 classes."""
     values = {

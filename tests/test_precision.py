@@ -195,6 +195,16 @@ def test_the_copy_for_evaluation_holds_16_bit_weights_that_give_what_autocast_gi
             assert logits.dtype == torch.float32 and torch.equal(folded(image), logits)
 
 
+def test_the_copy_of_a_vision_transformer_gives_to_the_bit_what_autocast_gives():
+    model = make_model(model="dpt", backbone="dinov2_small", amp="bf16")
+    model = set_precision(model, model_config(amp="bf16")).eval()
+    copy = evaluation_copy(model)
+    assert copy.backbone.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    image = torch.randn(1, 3, 28, 42)
+    with torch.inference_mode():
+        assert torch.equal(copy(image), model(image))
+
+
 def test_a_run_with_fp16_on_the_cpu_stops_before_it_starts(tmp_path):
     data = make_dataset(tmp_path, labeled=2, val=1)
     args = parse_args("supervised", [*data.arguments(tmp_path / "run"), "--set", "amp=fp16"])

@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import fixmatch
 import supervised
 import unimatch
 from dataset.semi import EpochSampler, TrainDataset
-from tests.helpers import PROJECT_ROOT, TinyData, make_dataset, run_script
+from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, make_dataset, run_script
 from util import checkpoint, evaluate
 from util.cli import run_main
 from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, Interrupted
@@ -72,7 +71,7 @@ def killed(data: TinyData) -> Path:
     script.write_text(KILLED_IN_THE_SECOND_EPOCH)
     result = run_script(script, *data.arguments(path), env={"PYTHONPATH": str(PROJECT_ROOT)})
     assert result.returncode == -signal.SIGKILL
-    assert _load(path)["epoch"] == 1
+    assert load_checkpoint(path)["epoch"] == 1
     return path
 
 
@@ -83,26 +82,6 @@ def interrupted(killed: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(killed, path)
     yield path
     shutil.rmtree(path)
-
-
-def _load(path: Path, name: str = "latest.pth") -> dict[str, Any]:
-    return torch.load(path / name, weights_only=True)
-
-
-def _assert_same(first: Any, second: Any, where: str = "checkpoint") -> None:
-    """Nested containers are equal, tensors bit for bit."""
-    if isinstance(first, dict):
-        assert list(first) == list(second), where
-        for key in first:
-            _assert_same(first[key], second[key], f"{where}[{key!r}]")
-    elif isinstance(first, list):
-        assert len(first) == len(second), where
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            _assert_same(*pair, f"{where}[{index}]")
-    elif isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and torch.equal(first, second), where
-    else:
-        assert first == second, where
 
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -135,10 +114,10 @@ def test_an_interrupted_run_continues_to_the_same_end_to_the_bit(data, whole, in
     (interrupted.parent / "moved").symlink_to(data.root)
     unimatch.main([*data.arguments(interrupted), "--set", "workers=1", f"data_root={interrupted.parent / 'moved'}"])
     for name in ("latest.pth", "best.pth"):
-        expected, state = _load(whole, name), _load(interrupted, name)
+        expected, state = load_checkpoint(whole, name), load_checkpoint(interrupted, name)
         del expected["config"], state["config"]
-        _assert_same(expected, state)
-    assert _load(interrupted)["config"]["workers"] == 1
+        assert_same(expected, state)
+    assert load_checkpoint(interrupted)["config"]["workers"] == 1
     assert not list(interrupted.glob("*.tmp"))
 
 
@@ -174,7 +153,7 @@ def test_a_run_killed_between_writing_its_two_checkpoints_ends_the_same(data, tm
     assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["best.pth"]
     supervised.main(data.arguments(tmp_path / "run"))
     for name in ("latest.pth", "best.pth"):
-        _assert_same(_load(tmp_path / "whole", name), _load(tmp_path / "run", name))
+        assert_same(load_checkpoint(tmp_path / "whole", name), load_checkpoint(tmp_path / "run", name))
     assert _curves(tmp_path / "run") == _curves(tmp_path / "whole")
     for name in ("run", "whole"):
         shutil.rmtree(tmp_path / name)
@@ -182,12 +161,12 @@ def test_a_run_killed_between_writing_its_two_checkpoints_ends_the_same(data, tm
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(data, whole, capsys):
     before = {name: _content(whole)[name] for name in ("latest.pth", "best.pth")}
-    state, curves = _load(whole), _curves(whole)
+    state, curves = load_checkpoint(whole), _curves(whole)
     capsys.readouterr()
     unimatch.main(data.arguments(whole))
     assert re.search(r"2 of 2 epochs are done.*\n.*finished: mIoU ", capsys.readouterr().out)
     assert {name: _content(whole)[name] for name in before} == before
-    _assert_same(_load(whole), state)
+    assert_same(load_checkpoint(whole), state)
     assert _curves(whole) == curves
 
 
@@ -200,7 +179,7 @@ def test_a_run_may_continue_on_another_number_of_processes(data, interrupted):
     assert "lr 0.002 (scaled by the linear rule from 0.001)" in result.stdout
     # The second epoch's only iteration is number 1 of 2.
     assert _curves(interrupted)["train/lr"][-1][1] == pytest.approx(poly_lr(0.002, 1, 2))
-    state = _load(interrupted)
+    state = load_checkpoint(interrupted)
     assert (state["epoch"], state["iteration"]) == (2, 2)
     assert not any(name.startswith("module.") for name in state["model"])
 
@@ -241,7 +220,7 @@ def _losses(path: Path) -> dict[str, str]:
 
 def _assert_same_end(expected: Path, path: Path) -> None:
     for name in ("latest.pth", "best.pth"):
-        _assert_same(_load(expected, name), _load(path, name))
+        assert_same(load_checkpoint(expected, name), load_checkpoint(path, name))
     assert _curves(path) == _curves(expected)
     assert _losses(path) == _losses(expected)
     assert not (path / "midway.pth").exists()
@@ -269,7 +248,7 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(
         f"error: ended by {signal.Signals(number).name} after iteration {where}, saved in {path}/midway.pth: "
         "the same command continues from there"
     )
-    state = _load(path, "midway.pth")
+    state = load_checkpoint(path, "midway.pth")
     assert (state["iteration"], state["processes"]) == (iteration + 1, 1)
     monkeypatch.undo()
     keys = []
@@ -297,7 +276,7 @@ def test_within_an_epoch_half_the_batch_accumulated_twice_goes_on_with_the_same_
         sampler.set_epoch(epoch, 2 * (epoch == 0))
         expected += sampler
     assert keys == expected and len(keys) == 10
-    assert (_load(path)["iteration"], _load(path)["epoch"]) == (6, 2)
+    assert (load_checkpoint(path)["iteration"], load_checkpoint(path)["epoch"]) == (6, 2)
     assert [step for step, _ in _curves(path)["train/lr"]] == list(range(6))
     shutil.rmtree(path)
 
@@ -329,11 +308,11 @@ def test_a_run_killed_between_saves_repeats_the_steps_since_the_last(data, unrea
     script.write_text(KILLED_IN_THE_SECOND_EPOCH)
     arguments = [*data.arguments(path), *arguments, "checkpoint_minutes=1e-9"]
     assert run_script(script, *arguments, env={"PYTHONPATH": str(PROJECT_ROOT)}).returncode == -signal.SIGKILL
-    assert _load(path, "midway.pth")["iteration"] == 4
+    assert load_checkpoint(path, "midway.pth")["iteration"] == 4
     unimatch.main(arguments)
-    state, whole = _load(path), _load(expected)
+    state, whole = load_checkpoint(path), load_checkpoint(expected)
     assert state["config"].pop("checkpoint_minutes") == 1e-9 and whole["config"].pop("checkpoint_minutes") == 15
-    _assert_same(state, whole)
+    assert_same(state, whole)
     assert _curves(path) == _curves(expected) and _losses(path) == _losses(expected)
     shutil.rmtree(path)
 
@@ -344,12 +323,12 @@ def test_every_epoch_is_saved_also_where_it_is_not_evaluated(data, tmp_path, mon
     _signal_at(monkeypatch, 3, signal.SIGTERM)  # an epoch has two steps
     with pytest.raises(Interrupted):
         supervised.main(arguments)
-    assert (_load(path)["epoch"], _load(path)["best_epoch"]) == (1, 0)
+    assert (load_checkpoint(path)["epoch"], load_checkpoint(path)["best_epoch"]) == (1, 0)
     assert (path / "midway.pth").exists() and not (path / "best.pth").exists()
     monkeypatch.undo()
     supervised.main(arguments)
     assert [step + 1 for step, _ in _curves(path)["eval/mIoU"]] == [4, 8]
-    names = {file.name: _load(path, file.name)["epoch"] for file in path.glob("*.pth")}
+    names = {file.name: load_checkpoint(path, file.name)["epoch"] for file in path.glob("*.pth")}
     assert names.pop("best.pth") in (2, 4)
     assert names == {"latest.pth": 4, "previous.pth": 3, "epoch-0002.pth": 2, "epoch-0003.pth": 3, "epoch-0004.pth": 4}
     shutil.rmtree(path)
@@ -423,7 +402,7 @@ def test_the_same_lists_at_another_place_are_the_same_lists(data, interrupted, t
         shutil.copyfile(getattr(data, name), moved[name])
     options = ["--labeled-id-path", str(moved["labeled"]), "--unlabeled-id-path", str(moved["unlabeled"])]
     unimatch.main([*data.arguments(interrupted), *options, "--set", f"val_id_path={moved['val']}"])
-    assert _load(interrupted)["epoch"] == 2
+    assert load_checkpoint(interrupted)["epoch"] == 2
 
 
 def test_another_method_is_refused(data, interrupted, capsys):
@@ -469,19 +448,19 @@ def test_resume_never_starts_anew_and_keeps_what_was_there(data, tmp_path, capsy
     assert f"earlier results were moved to {path}/previous-1" in capsys.readouterr().out
     assert [file.name for file in (path / "previous-1").iterdir()] == ["latest.pth"]
     assert (path / "previous-1" / "latest.pth").read_bytes() == b"damaged"
-    first = _load(path)
+    first = load_checkpoint(path)
     supervised.main([*arguments, "seed=1"])
     assert f"earlier results were moved to {path}/previous-2" in capsys.readouterr().out
-    _assert_same(_load(path / "previous-2"), first)
+    assert_same(load_checkpoint(path / "previous-2"), first)
     moved = {"best.pth", "latest.pth", "train.log", "config.yaml"}
     names = {file.name for file in (path / "previous-2").iterdir()}
     assert moved < names and sum(name.startswith("events.out.tfevents.") for name in names - moved) == 1
-    assert _load(path)["config"]["seed"] == 1
+    assert load_checkpoint(path)["config"]["seed"] == 1
     shutil.rmtree(path)
 
 
 def test_resume_never_on_a_new_path_just_starts(data, tmp_path):
     supervised.main([*data.arguments(tmp_path / "run"), "--resume", "never", "--set", "epochs=1"])
     assert not list((tmp_path / "run").glob("previous-*"))
-    assert _load(tmp_path / "run")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "run")["epoch"] == 1
     shutil.rmtree(tmp_path / "run")

@@ -20,7 +20,7 @@ from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
 from dataset.source import DataSource
 from model import build_model
-from tests.helpers import TinyData, make_dataset, run_script
+from tests.helpers import TinyData, load_checkpoint, make_dataset, run_script
 from util.cli import run_main
 from util.config import for_method, load_config, to_dict
 from util.errors import EXIT_USER_ERROR
@@ -63,10 +63,6 @@ def _train(method: str, data: TinyData, name: str, *arguments: str) -> Path:
     return path
 
 
-def _load(path: Path, name: str = "latest.pth") -> dict[str, Any]:
-    return torch.load(path / name, weights_only=True)
-
-
 def _equal(first: Any, second: Any) -> bool:
     """Whether nested containers are equal, tensors bit for bit."""
     if isinstance(first, dict):
@@ -99,7 +95,7 @@ def test_a_run_leaves_checkpoints_log_config_and_curves(data, runs, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_is_plain_and_complete(data, runs, method):
-    state = _load(runs[method])
+    state = load_checkpoint(runs[method])
     assert {"model", "optimizer", "epoch", "iteration", "previous_best", "config"} <= set(state)
     assert (state["epoch"], state["iteration"]) == (EPOCHS, EPOCHS * ITERATIONS[method])
     assert state["config"] == to_dict(_config(data, method))
@@ -112,7 +108,7 @@ def test_a_checkpoint_is_plain_and_complete(data, runs, method):
 def test_every_weight_was_trained_and_is_finite(data, runs, method):
     torch.manual_seed(0)  # the seed of the run: its weights at the start
     start = build_model(_config(data, method)).state_dict()
-    for name, tensor in _load(runs[method])["model"].items():
+    for name, tensor in load_checkpoint(runs[method])["model"].items():
         assert tensor.isfinite().all(), name
         assert not torch.equal(tensor, start[name]), name
 
@@ -121,10 +117,10 @@ def test_every_weight_was_trained_and_is_finite(data, runs, method):
 def test_the_best_checkpoint_has_the_miou_that_was_told(data, runs, method):
     cfg = _config(data, method)
     model = build_model(cfg)
-    model.load_state_dict(_load(runs[method], "best.pth")["model"])
+    model.load_state_dict(load_checkpoint(runs[method], "best.pth")["model"])
     loader = val_loader(read_list(data.val), DataSource(data.root), LoaderOptions())
     result = evaluate(model, loader, cfg.eval_mode, cfg.crop_size, cfg.nclass, "cpu")
-    best = _load(runs[method])["previous_best"]
+    best = load_checkpoint(runs[method])["previous_best"]
     assert result.miou == best
     log = (runs[method] / "train.log").read_text()
     assert re.search(rf"finished: mIoU [\d.]+ at the last epoch, best {best:.2f} at epoch \d", log)
@@ -165,7 +161,7 @@ def test_a_run_may_evaluate_and_save_less_often(data):
     """After each second epoch, and after the last."""
     path = _train("supervised", data, "interval", "--set", "epochs=3", "eval_interval=2")
     assert [step + 1 for step, _ in _curves(path)["eval/mIoU"]] == [4, 6]
-    assert _load(path)["epoch"] == 3
+    assert load_checkpoint(path)["epoch"] == 3
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(runs):
@@ -184,7 +180,7 @@ def test_training_learns(data, tmp_path):
     losses = [value for _, value in _curves(tmp_path / "run")["train/loss_all"]]
     assert len(losses) == 40
     assert sum(losses[-20:]) / 20 < 0.8 * sum(losses[:5]) / 5
-    assert _load(tmp_path / "run")["previous_best"] > 50
+    assert load_checkpoint(tmp_path / "run")["previous_best"] > 50
     shutil.rmtree(tmp_path / "run")
 
 
@@ -204,7 +200,7 @@ def test_a_run_with_the_same_seed_is_the_same_to_the_bit_with_every_option_that_
     """The run to compare with was another process, without workers."""
     cache = f"cache_dir={data.root.parent / 'cache'}"
     again = _train("unimatch", data, options.split()[0], "--set", cache, *options.split())
-    first, second = _load(runs["unimatch"]), _load(again)
+    first, second = load_checkpoint(runs["unimatch"]), load_checkpoint(again)
     for key in ("model", "optimizer", "previous_best"):
         assert _equal(first[key], second[key]), key
     curves = _curves(runs["unimatch"])
@@ -237,7 +233,7 @@ def test_scale_lr_applies_the_linear_rule(data):
     path = _train("supervised", data, "scaled", "--set", "scale_lr=true", "epochs=1", "lr_multi=10")
     assert "lr 0.00025 (scaled by the linear rule from 0.001), head x 10" in _header(path)
     assert _curves(path)["train/lr"][0][1] == pytest.approx(0.00025)
-    rates = [group["base_lr"] for group in _load(path)["optimizer"]["param_groups"]]
+    rates = [group["base_lr"] for group in load_checkpoint(path)["optimizer"]["param_groups"]]
     assert rates == pytest.approx([0.00025, 0.0025])
 
 
@@ -261,7 +257,7 @@ def test_unimatch_trains_with_one_image_and_a_partner_of_another_image(data):
     path = _train(
         "unimatch", data, "one", "--set", "batch_size=1", "cutmix_partner=other_image", "epochs=1", "log_interval=2"
     )
-    assert _load(path)["iteration"] == 6
+    assert load_checkpoint(path)["iteration"] == 6
     curves = _curves(path)
     assert [step for step, _ in curves["train/loss_all"]] == [1, 3, 5]  # means over two iterations
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
@@ -295,8 +291,8 @@ def test_two_processes_train_and_their_checkpoint_is_as_of_one(data, runs):
     assert "batch: 2 labelled + 2 unlabelled images a step (1 x 2)" in _header(path)
     assert "2 processes on cpu" in result.stdout
     assert result.stdout.count("finished: mIoU") == 1
-    state = _load(path)
-    assert list(state["model"]) == list(_load(runs["unimatch"])["model"])
+    state = load_checkpoint(path)
+    assert list(state["model"]) == list(load_checkpoint(runs["unimatch"])["model"])
     assert state["iteration"] == ITERATIONS["unimatch"]
     start = {tag: points[0][1] for tag, points in _curves(path).items()}
     expected = {tag: points[0][1] for tag, points in _curves(runs["unimatch"]).items()}

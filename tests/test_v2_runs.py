@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ import fixmatch
 import supervised
 import unimatch_v2
 from model import build_model
-from tests.helpers import TinyData, make_dataset
+from tests.helpers import TinyData, assert_same, load_checkpoint, make_dataset
 from util.config import load_config
 from util.errors import Interrupted
 from util.teacher import Teacher
@@ -32,21 +30,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     return data
 
 
-def _load(path: Path, name: str = "latest.pth") -> dict[str, Any]:
-    return torch.load(path / name, weights_only=True)
-
-
-def _assert_same(first: Any, second: Any, where: str = "") -> None:
-    if isinstance(first, dict):
-        assert list(first) == list(second), where
-        for key in first:
-            _assert_same(first[key], second[key], f"{where}[{key!r}]")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    else:
-        assert first == second, where
-
-
 @pytest.mark.parametrize(("main", "extra"), [(unimatch_v2.main, []), (fixmatch.main, ["teacher=ema"])])
 def test_a_run_with_a_teacher_that_a_signal_ended_goes_on_to_the_same_end(data, main, extra, tmp_path, monkeypatch):
     arguments = ["--set", *extra, "log_interval=1"]
@@ -61,12 +44,12 @@ def test_a_run_with_a_teacher_that_a_signal_ended_goes_on_to_the_same_end(data, 
     monkeypatch.setattr(loop, "set_poly_lr", hit)
     with pytest.raises(Interrupted):
         main([*data.arguments(tmp_path / "run"), *arguments])
-    assert _load(tmp_path / "run", "midway.pth")["teacher_updates"] == 5
+    assert load_checkpoint(tmp_path / "run", "midway.pth")["teacher_updates"] == 5
     monkeypatch.undo()
     main([*data.arguments(tmp_path / "run"), *arguments])
-    expected, state = _load(tmp_path / "whole"), _load(tmp_path / "run")
+    expected, state = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "run")
     assert state["teacher_updates"] == 6
-    _assert_same(expected, state)
+    assert_same(expected, state)
 
 
 def test_the_checkpoint_s_teacher_is_the_average_of_the_students(data, tmp_path, monkeypatch):
@@ -78,7 +61,7 @@ def test_the_checkpoint_s_teacher_is_the_average_of_the_students(data, tmp_path,
 
     monkeypatch.setattr(Teacher, "update", seen)
     unimatch_v2.main(data.arguments(tmp_path / "run"))
-    state = _load(tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run")
     assert len(students) == state["teacher_updates"] == 6
     for name in students[0]:
         mean = torch.stack([student[name].double() for student in students]).mean(0)
@@ -105,8 +88,8 @@ def test_undone_steps_leave_the_teacher_alone(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(unimatch_v2, "unimatch_v2_step", broken)
     unimatch_v2.main([*data.arguments(tmp_path / "run"), "--set", "on_nonfinite=skip"])
-    _assert_same(calls[1], calls[2])  # before the second step and before the third
-    assert _load(tmp_path / "run")["teacher_updates"] == 5
+    assert_same(calls[1], calls[2])  # before the second step and before the third
+    assert load_checkpoint(tmp_path / "run")["teacher_updates"] == 5
 
 
 def test_every_method_trains_dinov2_and_dpt(tmp_path):
@@ -115,7 +98,7 @@ def test_every_method_trains_dinov2_and_dpt(tmp_path):
     for main, extra in ((unimatch_v2.main, []), (fixmatch.main, []), (supervised.main, ["supervised_epoch=6"])):
         path = tmp_path / main.__module__
         main([*data.arguments(path), "--set", "epochs=1", *extra])
-        state, fresh = _load(path), build_model(load_config(data.config), pretrained=False)
+        state, fresh = load_checkpoint(path), build_model(load_config(data.config), pretrained=False)
         assert ("teacher" in state) == (main is not supervised.main)
         assert set(state["model"]) == set(fresh.state_dict())
         assert not [group for group in state["optimizer"]["param_groups"][:1] if group["params"]]

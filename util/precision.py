@@ -60,9 +60,9 @@ def describe_precision(cfg: Config, device: torch.device) -> str:
 def evaluation_copy(model: DeepLabV3Plus) -> DeepLabV3Plus:
     """A copy of `model` in eval mode, made faster: each BatchNorm folded into the convolution before it.
 
-    That convolution is the module registered before the BatchNorm, as in all models here. With autocast the copy's
-    convolutions have their weights in 16 bits, instead of rounding them for each image. Outputs are the same but for
-    rounding; the copy cannot be trained on, and is not compiled, as it sees images of every size.
+    That convolution is the module registered before the BatchNorm, as in all models here. With autocast the copy holds
+    the weights of convolutions and linear layers in 16 bits, instead of rounding them for each image. Outputs are the
+    same but for rounding; the copy cannot be trained on, and is not compiled, as it sees images of every size.
     """
     model = copy.deepcopy(model).eval()
     previous, folded = None, {}
@@ -78,6 +78,6 @@ def evaluation_copy(model: DeepLabV3Plus) -> DeepLabV3Plus:
         setattr(model.get_submodule(parent), child, identity)  # set_submodule is not in torch 2.4
     if model.autocast_dtype is not None:
         for module in model.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 module.to(model.autocast_dtype)
     return model
