@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from dataset.semi import UnlabeledViews
+from dataset.views import UnlabeledViews
 from util.cli import parse_args, run_main
 from util.distributed.ddp import distribute, no_sync
 from util.losses import build_criterion

@@ -149,7 +149,7 @@ def label_faults(
     An unreadable image's `image_size`, else (width, height), is None and fits every label.
     """
     path, label_map = root / sample.label, label_map or {}
-    if fault := size_fault(sample, root, image_size or label.size, label.size):
+    if fault := size_fault(root / sample.image, path, image_size or label.size, label.size):
         yield fault
     shown = label.info["shown"]
     # As many classes as values fit: then all labels may be meant so.

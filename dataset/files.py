@@ -15,7 +15,6 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
 from dataset.errors import DataError
-from dataset.lists import Sample
 from dataset.resize import picture_size
 
 IGNORE_INDEX = 255
@@ -272,16 +271,14 @@ def _orientation_hint(path: Path, label_size: tuple[int, int]) -> str:
     )
 
 
-def size_fault(
-    sample: Sample, root: Path, image_size: tuple[int, int], label_size: tuple[int, int]
-) -> DataError | None:
+def size_fault(image: Path, label: Path, image_size: tuple[int, int], label_size: tuple[int, int]) -> DataError | None:
     """The fault of a label that has another (width, height) than its image."""
     if label_size == image_size:
         return None
     return DataError(
-        f"{root / sample.label}: the label is {label_size[0]} x {label_size[1]} pixels, its image "
-        f"{root / sample.image} is {image_size[0]} x {image_size[1]}"
-        f"{_orientation_hint(root / sample.image, label_size)}",
+        f"{label}: the label is {label_size[0]} x {label_size[1]} pixels, its image "
+        f"{image} is {image_size[0]} x {image_size[1]}"
+        f"{_orientation_hint(image, label_size)}",
         "labels of another size than their image",
     )
 

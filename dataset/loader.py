@@ -17,7 +17,8 @@ from dataset.handover import CHECK, HandingLoader, give_up_where_nothing_can_be_
 from dataset.lists import Sample
 from dataset.packing import collate
 from dataset.replacement import ReplacingLoader
-from dataset.semi import EpochSampler, TrainDataset, ValDataset
+from dataset.sampler import EpochSampler
+from dataset.semi import TrainDataset, ValDataset
 from dataset.source import DataSource
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import default_collate
 
-from dataset.semi import Partner, UnlabeledSample, UnlabeledViews
 from dataset.transform import Photometry, apply_photometry_tensor, box_mask, normalize, padding_mask
+from dataset.views import Partner, UnlabeledSample, UnlabeledViews
 
 
 class PackedViews(NamedTuple):

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dataset.errors import DataError
 from dataset.handover import HandingLoader
-from dataset.semi import REPLACEMENT, stream
+from dataset.sampler import REPLACEMENT, stream
 
 TRIES = 10
 

@@ -1,4 +1,4 @@
-"""What a sample is: the order of an epoch, and the training and validation datasets.
+"""What a sample is: the training and validation datasets.
 
 A sample is a function of its key (epoch, indices): its draws are seeded by (seed, epoch, index, view). So two runs see
 the same data whatever the number of workers, and N processes together see what one process would.
@@ -6,18 +6,17 @@ the same data whatever the number of workers, and N processes together see what 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dataset.files import IGNORE_INDEX, decode_image, decoded_size
 from dataset.lists import Sample
+from dataset.sampler import VIEW_U, VIEW_X, EpochSampler, Key, stream
 from dataset.source import DataSource
 from dataset.transform import (
     Box,
@@ -33,121 +32,12 @@ from dataset.transform import (
     to_tensor,
     visible_extent,
 )
+from dataset.views import Partner, PartnerSample, UnlabeledSample, UnlabeledViews
+
+# What a dataset is used with can be imported from here, too.
+__all__ = ["EpochSampler", "Key", "Partner", "TrainDataset", "UnlabeledViews", "ValDataset", "stream"]
 
 Pixels = Image.Image | np.ndarray  # 8-bit RGB, as the decoder gives them
-# What a random stream is for: part of its seed, so that no two purposes share one.
-ORDER_X, ORDER_U, VIEW_X, VIEW_U, REPLACEMENT = range(5)
-
-
-class UnlabeledViews(NamedTuple):
-    """Views of a batch of B unlabelled images, as a step takes them.
-
-    weak, strong1, strong2: normalised (B, 3, H, W); ignore_mask: (B, H, W), 255 on padding, else 0; box1, box2:
-    (B, H, W), nonzero inside the CutMix box of the strong view. strong2 and box2 are None where a method has one only.
-
-    The strong views are mixed already: the CutMix partner's pixels are inside the box. Only with the partner
-    `reversed_batch` are they not: there the step pastes from the batch itself.
-    """
-
-    weak: torch.Tensor
-    strong1: torch.Tensor
-    strong2: torch.Tensor | None
-    ignore_mask: torch.Tensor
-    box1: torch.Tensor | None
-    box2: torch.Tensor | None
-
-
-class Partner(NamedTuple):
-    """The CutMix partners of a batch of B unlabelled images: what their pseudo-labels are made of.
-
-    ignore_mask: (B, H, W) as in UnlabeledViews. weak: normalised (U, 3, H, W), of the samples `used`, (U,) int64, only:
-    where a sample has no box, nothing of its partner's pseudo-label is used, so no forward is needed. With `used` None
-    it holds all B. A step reads nothing else of a partner, so whole UnlabeledViews serve as one, too.
-    """
-
-    weak: torch.Tensor
-    ignore_mask: torch.Tensor
-    used: torch.Tensor | None = None
-
-
-class Key(NamedTuple):
-    """One sample of an epoch. `labeled` counts through the repeated labelled set, so each repetition has own draws.
-
-    `unlabeled` and `partner` are indices of unlabelled images, -1 for none.
-    """
-
-    epoch: int
-    labeled: int
-    unlabeled: int = -1
-    partner: int = -1
-
-
-def stream(seed: int, *purpose: int) -> np.random.Generator:
-    """An independent generator for each tuple of non-negative integers below 2**32, among tuples of one length."""
-    return np.random.default_rng(np.array([seed, *purpose], np.uint32))  # sooner than from a list
-
-
-class EpochSampler(Sampler[Key]):
-    """The keys of one process for one epoch: a pass over the unlabelled set, shuffled anew, as in the release.
-
-    Each of the `processes` gets ceil(N / processes) images, the last few repeated, cut to whole batches. Position p of
-    the epoch's order goes to process p mod `processes`, so a step's images are the same at any number of processes.
-    The labelled set is repeated to the unlabelled one's length; if it is longer, each epoch takes the first part of a
-    fresh permutation. Without unlabelled images (`num_unlabeled` None) it is one pass over the labelled set, which is
-    repeated first to `repeat_labeled_to` samples if it has fewer (UniMatch V2's supervised baseline).
-
-    With `accumulate`, that many batches make a step, and the epoch is cut to whole steps.
-
-    `partner` says where CutMix pastes from: another view of the `same_image`, a view of an `other_image`, or the
-    `reversed_batch`, for which a key has no partner.
-    """
-
-    def __init__(
-        self,
-        num_labeled: int,
-        num_unlabeled: int | None,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        processes: int = 1,
-        partner: str = "same_image",
-        repeat_labeled_to: int | None = None,
-        accumulate: int = 1,
-    ) -> None:
-        self.per_step = batch_size * accumulate
-        self.num_labeled, self.num_unlabeled, self.batch_size, self.seed = num_labeled, num_unlabeled, batch_size, seed
-        self.rank, self.processes, self.partner = rank, processes, partner
-        self.length = max(num_labeled, repeat_labeled_to or 0) if num_unlabeled is None else num_unlabeled
-        self.epoch = self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and how many of its samples it leaves out."""
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        return math.ceil(self.length / self.processes) // self.per_step * self.per_step
-
-    def __iter__(self) -> Iterator[Key]:
-        return islice(self._keys(), self.start, None)
-
-    def _keys(self) -> Iterator[Key]:
-        pool = max(self.num_labeled, self.length)
-        order_x = self._own_share(stream(self.seed, ORDER_X, self.epoch).permutation(pool)[: self.length])
-        if self.num_unlabeled is None:
-            yield from (Key(self.epoch, int(x)) for x in order_x)
-            return
-        order_u = stream(self.seed, ORDER_U, self.epoch).permutation(self.length)
-        order_mix = {
-            "same_image": order_u,
-            "other_image": np.roll(order_u, -1),  # the next one in the epoch's order, so never the image itself
-            "reversed_batch": np.full_like(order_u, -1),
-        }[self.partner]
-        for x, u, mix in zip(order_x, self._own_share(order_u), self._own_share(order_mix), strict=True):
-            yield Key(self.epoch, int(x), int(u), int(mix))
-
-    def _own_share(self, order: np.ndarray) -> np.ndarray:
-        padded = np.resize(order, math.ceil(len(order) / self.processes) * self.processes)
-        return padded[self.rank :: self.processes][: len(self)]
 
 
 class ViewDraws(NamedTuple):
@@ -158,30 +48,6 @@ class ViewDraws(NamedTuple):
     extent: Extent
     photometry: tuple[Photometry, ...]  # of each strong view
     boxes: tuple[Box | None, ...]
-
-
-class PartnerSample(NamedTuple):
-    """The CutMix partner of one sample: its weak view (S, S, 3), and as in UnlabeledSample."""
-
-    weak: torch.Tensor
-    extent: Extent
-    photometry: tuple[Photometry, ...]
-
-
-class UnlabeledSample(NamedTuple):
-    """One sample's part of PackedViews: 8-bit views (S, S, 3), and numbers. V strong views.
-
-    `pasted` is False where the partner is the `reversed_batch`; else the strong views have their partner's pixels in
-    the boxes, and `partner` is None where no box needs it.
-    """
-
-    weak: torch.Tensor
-    strong: tuple[torch.Tensor, ...]  # V, or none where the device makes them
-    extent: Extent
-    boxes: tuple[Box | None, ...]  # V
-    photometry: tuple[Photometry, ...]  # V
-    partner: PartnerSample | None
-    pasted: bool
 
 
 class TrainDataset(Dataset):

@@ -49,7 +49,8 @@ class DataSource(NamedTuple):
         They are of equal size, and the label is mapped by `label_map`. `rows` as `dataset.files.decode_image` has it.
         """
         image, label = decode_image(image, rows), decode_label(label, rows)
-        if fault := size_fault(sample, Path(self.root), picture_size(image), picture_size(label)):
+        root = Path(self.root)
+        if fault := size_fault(root / sample.image, root / sample.label, picture_size(image), picture_size(label)):
             raise fault
         return image, np.asarray(map_label(Image.fromarray(label), self.label_map)) if self.label_map else label
 

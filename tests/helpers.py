@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from dataset import DataError
-from dataset.semi import UnlabeledViews
+from dataset.views import UnlabeledViews
 from model import WeightsError, build_model
 from model.backbone import create_backbone
 from scripts.benchmark.naive import paste_partner

@@ -23,8 +23,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from dataset import DataError
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, val_loader
-from dataset.semi import UnlabeledViews
 from dataset.source import DataSource
+from dataset.views import UnlabeledViews
 from fixmatch import fixmatch_step
 from model.backbone.resnet import BasicBlock, ResNet
 from model.semseg.deeplabv3plus import DeepLabV3Plus

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dataset.semi import Partner, UnlabeledViews
+from dataset.views import Partner, UnlabeledViews
 from model import BACKBONES
 from supervised import main as supervised
 from tests.helpers import make_dataset, make_model, model_config, reference_batch

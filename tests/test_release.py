@@ -13,7 +13,7 @@ from torch import nn
 
 import supervised
 from tests.helpers import make_dataset
-from util.config import Config
+from util.config import Config, to_dict
 from util.release import adopt, is_release, without_frozen
 from util.schedule import build_optimizer
 
@@ -94,7 +94,7 @@ def test_v2s_checkpoint_brings_its_teacher_whose_best_is_followed():
     assert is_release(state)
     values = {"data_root": "data", "val_id_path": "val.txt", "classes": ("a", "b"), "crop_size": 28, "epochs": 9}
     cfg = Config(dataset="tiny", batch_size=2, lr=0.1, model="dpt", backbone="dinov2_small", **values)
-    ours = adopt(state, cfg, {"method": "unimatch_v2"}, steps=10)
+    ours = adopt(state, to_dict(cfg), {"method": "unimatch_v2"}, steps=10)
     assert (ours["epoch"], ours["iteration"], ours["previous_best"], ours["best_epoch"]) == (5, 50, 60.0, 3)
     assert ours["teacher"] is state["model_ema"] and int(ours["teacher_updates"]) == 50
     assert not is_release(ours)

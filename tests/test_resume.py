@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fixmatch
 import supervised
 import unimatch
-from dataset.semi import EpochSampler, TrainDataset
+from dataset.sampler import EpochSampler
+from dataset.semi import TrainDataset
 from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, make_dataset, run_script
 from util import checkpoint, evaluate
 from util.cli import run_main

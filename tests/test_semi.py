@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dataset.semi import Partner, UnlabeledViews
+from dataset.views import Partner, UnlabeledViews
 from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
 
 THRESHOLDS = [0.0, 0.5, 0.95, 1.0]

@@ -1,10 +1,9 @@
-"""dataset/semi.py: the order of an epoch, samples as functions of their keys, batches and validation shares."""
+"""dataset/semi.py: samples as functions of their keys, batches, their way to the device, and validation shares."""
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ import dataset.source
 from dataset.lists import Sample
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.packing import collate, to_device
-from dataset.semi import EpochSampler, Key, TrainDataset, stream
+from dataset.sampler import EpochSampler, Key
+from dataset.semi import TrainDataset
 from dataset.source import DataSource
 from dataset.transform import IMAGENET_STD, normalize, to_tensor
 from scripts.benchmark.naive import paste_partner
@@ -28,25 +28,6 @@ from tests.reference import formulas
 
 SIZE = 24
 LABELED, UNLABELED = 3, 7
-
-# Labelled images, unlabelled ones and iterations per epoch of the published runs: 4 processes x 2.
-PUBLISHED = {
-    **{f"pascal {x}": (x, 10582 - x, n) for x, n in ((92, 1311), (183, 1300), (366, 1277), (732, 1231), (1464, 1140))},
-    **{f"cityscapes {x}": (x, 2975 - x, n) for x, n in ((186, 349), (372, 325), (744, 279), (1488, 186))},
-    **{
-        f"coco {x}": (x, 118287 - x, n)
-        for x, n in ((232, 14757), (463, 14728), (925, 14670), (1849, 14555), (3697, 14324))
-    },
-}
-
-
-# UniMatch V2's supervised baseline: samples of an epoch, batch per process before it is doubled, iterations.
-PUBLISHED_V2 = {
-    "pascal": (3000, 4, 93),
-    "cityscapes": (3000, 2, 187),
-    "ade20k": (6000, 2, 375),
-    "coco": (30000, 4, 937),
-}
 
 
 @pytest.fixture(scope="module")
@@ -77,126 +58,6 @@ def _tensors(sample) -> list[torch.Tensor]:
 
 def _equal(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(_tensors(a), _tensors(b), strict=True))
-
-
-def _epoch(*args, epoch: int = 0, **kwargs) -> list[Key]:
-    sampler = EpochSampler(*args, **kwargs)
-    sampler.set_epoch(epoch)
-    keys = list(sampler)
-    assert len(keys) == len(sampler)
-    return keys
-
-
-# The order of an epoch
-
-
-@pytest.mark.parametrize("partner", ["same_image", "other_image"])
-def test_an_epoch_shows_each_unlabelled_image_exactly_once(partner):
-    for epoch in range(3):
-        keys = _epoch(5, 40, 4, 0, partner=partner, epoch=epoch)
-        assert sorted(key.unlabeled for key in keys) == sorted(key.partner for key in keys) == list(range(40))
-        assert {key.epoch for key in keys} == {epoch}
-
-
-def test_the_labelled_set_is_repeated_to_the_unlabelled_ones_length():
-    keys = _epoch(6, 40, 4, 0)
-    assert sorted(key.labeled for key in keys) == list(range(40))
-    # 40 = 6 * 6 + 4: each labelled image comes six or seven times.
-    assert set(Counter(key.labeled % 6 for key in keys).values()) == {6, 7}
-
-
-def test_a_longer_labelled_set_loses_no_image_for_good():
-    epochs = [[key.labeled for key in _epoch(30, 10, 2, 0, epoch=epoch)] for epoch in range(30)]
-    for labeled in epochs:
-        assert len(set(labeled)) == 10
-    assert {index for labeled in epochs for index in labeled} == set(range(30))
-
-
-def test_a_supervised_epoch_is_one_pass_over_the_labelled_set():
-    keys = _epoch(12, None, 4, 0)
-    assert sorted(key.labeled for key in keys) == list(range(12))
-    assert {(key.unlabeled, key.partner) for key in keys} == {(-1, -1)}
-
-
-@pytest.mark.parametrize("labeled, length", [(3, 10), (10, 10), (12, 12)])
-def test_a_supervised_epoch_repeats_a_short_labelled_set_up_to_a_length(labeled, length):
-    keys = _epoch(labeled, None, 2, 0, repeat_labeled_to=10)
-    assert sorted(key.labeled for key in keys) == list(range(length))  # each repetition is a sample of its own
-    counts = Counter(key.labeled % labeled for key in keys).values()
-    assert len(counts) == labeled and max(counts) - min(counts) <= 1
-    shares = [_epoch(labeled, None, 1, 0, rank=rank, processes=2, repeat_labeled_to=10) for rank in range(2)]
-    assert sorted(key for share in shares for key in share) == sorted(keys)
-
-
-@pytest.mark.parametrize("name", [*PUBLISHED_V2])
-def test_iterations_of_a_supervised_epoch_of_v2_are_the_published_ones(name):
-    length, batch_size, iterations = PUBLISHED_V2[name]
-    assert len(EpochSampler(92, None, 2 * batch_size, 0, processes=4, repeat_labeled_to=length)) == (
-        2 * batch_size * iterations
-    )
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_iterations_per_epoch_are_the_published_ones(name):
-    labeled, unlabeled, iterations = PUBLISHED[name]
-    for rank in range(4):
-        assert len(EpochSampler(labeled, unlabeled, 2, 0, rank, processes=4)) == 2 * iterations
-    assert len(_epoch(labeled, unlabeled, 2, 0, rank=3, processes=4)) == 2 * iterations
-
-
-@pytest.mark.parametrize("labeled, unlabeled, share", [(5, 13, 4), (50, 13, 4), (13, None, 4), (5, 10, 3)])
-def test_shares_are_equal_and_only_the_last_images_are_repeated(labeled, unlabeled, share):
-    keys = [_epoch(labeled, unlabeled, 1, 0, rank=rank, processes=4) for rank in range(4)]
-    assert {len(own) for own in keys} == {share}
-    counts = Counter(key.labeled if unlabeled is None else key.unlabeled for own in keys for key in own)
-    images = unlabeled or labeled
-    assert set(counts) == set(range(images)) and sum(counts.values()) == 4 * share
-    assert max(counts.values()) == 2
-
-
-@pytest.mark.parametrize("processes, batch_size", [(2, 2), (4, 1)])
-@pytest.mark.parametrize("labeled, unlabeled", [(5, 42), (60, 42), (42, None)])
-@pytest.mark.parametrize("partner", ["same_image", "other_image"])
-def test_a_step_of_several_processes_sees_what_one_process_would(processes, batch_size, labeled, unlabeled, partner):
-    one = _epoch(labeled, unlabeled, 4, 3, partner=partner, epoch=1)
-    several = [
-        _epoch(labeled, unlabeled, batch_size, 3, rank, processes, partner, epoch=1) for rank in range(processes)
-    ]
-    for step in range(len(one) // 4):
-        together = [key for own in several for key in own[step * batch_size : (step + 1) * batch_size]]
-        assert sorted(together) == sorted(one[4 * step : 4 * step + 4])
-
-
-@pytest.mark.parametrize("unlabeled", [40, None])
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(unlabeled):
-    first = _epoch(40, unlabeled, 4, seed=1, epoch=2)
-    torch.manual_seed(99)
-    np.random.seed(99)
-    assert _epoch(40, unlabeled, 4, seed=1, epoch=2) == first
-    for other in (_epoch(40, unlabeled, 4, seed=2, epoch=2), _epoch(40, unlabeled, 4, seed=1, epoch=3)):
-        assert [key.labeled for key in other] != [key.labeled for key in first]
-        assert unlabeled is None or [key.unlabeled for key in other] != [key.unlabeled for key in first]
-    if unlabeled:
-        assert [key.labeled for key in first] != [key.unlabeled for key in first]  # two orders, not one
-
-
-def test_a_sampler_can_be_walked_through_twice():
-    sampler = EpochSampler(5, 20, 4, 0)
-    assert list(sampler) == list(sampler)
-
-
-def test_same_image_is_its_own_partner_and_other_image_never():
-    assert all(key.partner == key.unlabeled for key in _epoch(5, 40, 4, 0))
-    for epoch in range(20):
-        for rank in range(3):
-            keys = _epoch(2, 5, 1, 0, rank=rank, processes=3, partner="other_image", epoch=epoch)
-            assert len(keys) == 2 and all(key.partner != key.unlabeled for key in keys)
-
-
-def test_streams_of_different_purposes_differ():
-    draws = {tuple(stream(*seed).integers(1 << 30, size=2)) for seed in np.ndindex(3, 3, 3)}
-    assert len(draws) == 27
-    assert stream(1, 2, 3).random() == stream(1, 2, 3).random()
 
 
 # Samples
@@ -251,9 +112,9 @@ def test_a_step_sees_what_the_naive_way_gives_it(root, strong_views, partner):
 def test_with_the_reversed_batch_as_partner_nothing_is_pasted_and_no_second_view_made(root, strong_views, photometry):
     fast = _dataset(root, strong_views, photometry=photometry)
     slow = NaiveDataset(fast.labeled, fast.unlabeled, DataSource(root), SIZE, fast.seed)
-    keys = _epoch(LABELED, UNLABELED, 7, 0, partner="reversed_batch")
+    keys = list(EpochSampler(LABELED, UNLABELED, 7, 0, partner="reversed_batch"))
     assert [key.partner for key in keys] == [-1] * 7
-    same = _epoch(LABELED, UNLABELED, 7, 0)
+    same = list(EpochSampler(LABELED, UNLABELED, 7, 0))
     assert [key[:3] for key in keys] == [key[:3] for key in same]
     packed = collate([fast[key] for key in keys])
     labeled, u = to_device(packed, torch.device("cpu"))
@@ -270,7 +131,9 @@ def test_with_the_reversed_batch_as_partner_nothing_is_pasted_and_no_second_view
 
 
 def test_a_sample_is_a_function_of_its_key_alone(root):
-    keys = _epoch(LABELED, UNLABELED, 1, 0, partner="other_image", epoch=4)
+    sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner="other_image")
+    sampler.set_epoch(4)
+    keys = list(sampler)
     used = _dataset(root)
     for key in keys:
         used[key]

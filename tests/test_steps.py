@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 from dataset.lists import read_list
 from dataset.loader import LoaderOptions, train_loader
 from dataset.packing import to_device
-from dataset.semi import EpochSampler, TrainDataset, UnlabeledViews
+from dataset.sampler import EpochSampler
+from dataset.semi import TrainDataset
 from dataset.source import DataSource
+from dataset.views import UnlabeledViews
 from fixmatch import fixmatch_step
 from scripts.benchmark import naive
 from scripts.benchmark.naive_data import NaiveDataset, collate_naive

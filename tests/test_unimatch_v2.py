@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dataset.semi import UnlabeledViews
+from dataset.views import UnlabeledViews
 from fixmatch import fixmatch_step
 from model import build_model, complementary_dropout
 from scripts.benchmark import naive, naive_v2

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from util.config import Config
+from util.config_schema import Config
 
 
 def set_backends(cfg: Config) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from dataset.files import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from util.config import Config
+    from util.config_schema import Config
 
 
 # Values of logits that a slice holds: few enough for a CPU's cache, enough to keep a device busy.

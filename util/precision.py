@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model import DeepLabV3Plus
-from util.config import Config
+from util.config_schema import Config
 from util.errors import ConfigError
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

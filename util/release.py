@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from util.config import Config, to_dict
-
 
 def is_release(state: Any) -> bool:
     """Whether this is a training checkpoint of the release."""
@@ -22,15 +20,16 @@ def is_release(state: Any) -> bool:
     return isinstance(state, Mapping) and needed <= state.keys() and not {"iteration", "config", "run"} & state.keys()
 
 
-def adopt(state: Mapping[str, Any], cfg: Config, run: Mapping[str, str], steps: int) -> dict[str, Any]:
+def adopt(state: Mapping[str, Any], config: Mapping[str, Any], run: Mapping[str, str], steps: int) -> dict[str, Any]:
     """The release's checkpoint as one of ours, at epochs of `steps` steps. The optimiser's state stays as it is.
 
-    `run` identifies method and lists, as a checkpoint of ours does. Values of a wrong kind are left for later checks.
+    `config` holds the keys of this run, `run` identifies its method and lists, as in a checkpoint of ours. Values of a
+    wrong kind are left for later checks.
     """
     if not isinstance(state["epoch"], int):
         return {**state, "iteration": 0, "config": {}, "run": {}}
     epoch = state["epoch"] + 1
-    own = {"epoch": epoch, "iteration": epoch * steps, "config": to_dict(cfg), "run": dict(run), "best_epoch": epoch}
+    own = {"epoch": epoch, "iteration": epoch * steps, "config": dict(config), "run": dict(run), "best_epoch": epoch}
     if "model_ema" in state:  # best.pth follows the teacher here
         own |= {"teacher": state["model_ema"], "teacher_updates": torch.tensor(epoch * steps)}
         own |= {"previous_best": state.get("previous_best_ema", state["previous_best"])}

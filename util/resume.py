@@ -103,7 +103,7 @@ def _per_step_of(state: Mapping[str, Any]) -> Any:
 
 def as_ours(state: Any, cfg: Config, run: Mapping[str, str], steps: int) -> Any:
     """What a checkpoint file holds; that of the published code in our form."""
-    return adopt(state, cfg, run, steps) if is_release(state) else state
+    return adopt(state, to_dict(cfg), run, steps) if is_release(state) else state
 
 
 def _read_whole(path: Path, damaged: list[Path], convert: Callable[[Any], Any]) -> dict[str, Any] | None:

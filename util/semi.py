@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dataset.files import IGNORE_INDEX
-from dataset.semi import Partner
+from dataset.views import Partner
 from util.losses import pixel_cross_entropy, slices, upcast
 
 

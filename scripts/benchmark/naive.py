@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset.files import IGNORE_INDEX
-from dataset.semi import UnlabeledViews
 from dataset.transform import normalize
+from dataset.views import UnlabeledViews
 from model.semseg.atrous import AtrousConv2d
 
 

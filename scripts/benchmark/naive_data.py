@@ -17,7 +17,8 @@ from torchvision.transforms import functional as F
 
 from dataset.files import IGNORE_INDEX, map_label, read_image, read_label
 from dataset.resize import resized_size
-from dataset.semi import VIEW_U, VIEW_X, Key, TrainDataset, UnlabeledViews, stream
+from dataset.sampler import VIEW_U, VIEW_X, Key, stream
+from dataset.semi import TrainDataset
 from dataset.transform import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -28,6 +29,7 @@ from dataset.transform import (
     draw_geometry,
     draw_photometry,
 )
+from dataset.views import UnlabeledViews
 
 
 class NaiveDataset(TrainDataset):

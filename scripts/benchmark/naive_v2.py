@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dataset.semi import UnlabeledViews
+from dataset.views import UnlabeledViews
 from model.backbone.dinov2 import Attention
 from scripts.benchmark.naive import consistency_loss, pseudo_label
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset.semi import Partner, UnlabeledViews
 from dataset.transform import box_mask, draw_cutmix_box
+from dataset.views import Partner, UnlabeledViews
 from scripts.benchmark import naive
 from scripts.benchmark.inputs import Inputs, noise_images
 from scripts.benchmark.model import make_model, make_naive_model

@@ -32,7 +32,7 @@ from util.train.progress import Progress
 from util.train.saving import Saver, check_finite
 from util.train.step_metrics import StepMetrics
 
-STEP_STREAM = 100  # keeps the seeds of steps apart from the streams of dataset.semi
+STEP_STREAM = 100  # keeps the seeds of steps apart from the streams of dataset.sampler
 # The release's names of these curves, so that old and new ones share a plot in TensorBoard.
 CURVES = {"loss": "loss_all", "loss_fp": "loss_w_fp"}
 
