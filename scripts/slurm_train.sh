@@ -63,7 +63,8 @@ command -v srun >/dev/null || wrong "srun not found: there is no SLURM here; scr
 check_run
 find_python
 
-# The most CPU cores and GPUs (of gpu_type) that a node of the partition has; no line if there is no such partition.
+# The most CPU cores and GPUs (of gpu_type) that a node of the partition has, and the number of its nodes; no line if
+# there is no such partition.
 node_limits() {
     sinfo -h -N -p "$partition" -o '%c %G' | awk -v type="$gpu_type" '
         { if ($1 + 0 > cores) cores = $1 + 0
@@ -74,7 +75,7 @@ node_limits() {
               if (part[1] == "gpu" && (type == "" || part[2] == type)) gpus += part[parts]
           }
           if (gpus > most) most = gpus }
-        END { if (NR) print cores, most + 0 }'
+        END { if (NR) print cores, most + 0, NR }'
 }
 
 first_number() { # of 16(x2),8
@@ -95,7 +96,10 @@ fi
 needed=$((gpus_per_node * cpus_per_task))
 if command -v sinfo >/dev/null && limits=$(node_limits 2>/dev/null) && { [ -n "$limits" ] || sinfo -h >/dev/null 2>&1; }; then
     [ -n "$limits" ] || wrong "partition $partition: no such partition; there are: $(sinfo -h -o %R | tr "\n" " ")"
-    cores=${limits% *} gpus=${limits#* }
+    cores=${limits%% *} all_nodes=${limits##* } gpus=${limits#* }
+    gpus=${gpus% *}
+    [ "$nodes" -le "$all_nodes" ] ||
+        wrong "$num_gpu processes with gpus_per_node=$gpus_per_node need $nodes nodes; partition $partition has $all_nodes"
     [ "$needed" -le "$cores" ] ||
         wrong "$gpus_per_node processes on a node with cpus_per_task=$cpus_per_task need $needed CPU cores;" \
             "partition $partition has $cores on a node: lower cpus_per_task or gpus_per_node"

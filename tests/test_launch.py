@@ -638,6 +638,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_CPUS_PER_NODE": "10
             "need 15: ask for --ntasks-per-node=3 --cpus-per-task=5",
         ),
         (2, {**JOB, "SLURM_GPUS_ON_NODE": "1"}, "job 7 has 1 GPUs on a node, not 2: ask for --gres=gpu:2"),
+        (6, {"gpus_per_node": "2"}, "need 3 nodes; partition gpu has 2"),
         (6, {**JOB, "gpus_per_node": "3", "cpus_per_task": "1"}, "has 1 nodes, not the 2 that 6 processes need"),
     ],
 )

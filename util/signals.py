@@ -37,7 +37,17 @@ def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == end:  # unless `keep_error` has come since
+                signal.signal(number, handler)
+
+
+def keep_error() -> None:
+    """From now on SIGTERM and SIGUSR1 only leave their number: this process ends, with an error of its own to show.
+
+    srun sends SIGTERM as soon as another process has ended because of that error.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, StopSignals.note)
 
 
 class StopSignals:
@@ -68,6 +78,10 @@ class StopSignals:
             if self.received:
                 return
             yield item
+
+    @staticmethod
+    def note(number: int, _: FrameType | None) -> None:
+        StopSignals.last = number
 
     def _note(self, number: int, _: FrameType | None) -> None:
         # torchrun passes the first Ctrl-C on as SIGINT, and the second as SIGTERM.

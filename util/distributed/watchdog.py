@@ -16,7 +16,7 @@ from collections.abc import Callable
 from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, master_address
 from util.distributed.store import BoundedStore, StoreLost
 from util.errors import EXIT_CONSEQUENCE, EXIT_STOPPED, Interrupted, Silenced, TrainingStopped, error_line
-from util.signals import StopSignals
+from util.signals import StopSignals, keep_error
 
 PERIOD = 1.0  # seconds between two heartbeats
 PATIENCE = 10.0  # seconds that a process which lost its connection waits for another one's report
@@ -88,6 +88,7 @@ class Watchdog:
         self._store.seconds = ANSWER
         if isinstance(error, (Interrupted, Silenced)):  # all agreed on it, or will learn of it elsewhere
             return error
+        keep_error()
         disconnected = _is_disconnection(error)
         try:
             if disconnected:

@@ -1,0 +1,45 @@
+"""Signals outside training, and while an error is on its way to the user."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from util.errors import Interrupted, Silenced
+from util.signals import StopSignals, keep_error, outside_training
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """The handlers of before, and no signal noted."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    StopSignals.last = 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "expected"),
+    [(0, signal.SIGTERM, Interrupted), (1, signal.SIGTERM, Silenced), (1, signal.SIGUSR1, Interrupted)],
+)
+def test_outside_training_a_signal_ends_the_process_and_under_srun_process_0_says_so(rank, number, expected):
+    before = signal.getsignal(number)
+    with pytest.raises(expected), outside_training(rank, under_srun=True):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_an_error_that_is_to_be_shown_is_not_hidden_by_the_launchers_sigterm():
+    """srun sends it to the first process while that still waits for the others to read its error."""
+    with pytest.raises(ValueError, match="the error"), outside_training(0, under_srun=True):
+        try:
+            raise ValueError("the error")
+        except ValueError:
+            keep_error()
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+    os.kill(os.getpid(), signal.SIGTERM)  # while it is printed
+    assert StopSignals.last == signal.SIGTERM
