@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.atomic import replacing
 from dataset.files import IGNORE_INDEX, limit_image_pixels
 from dataset.lists import read_list
 from dataset.loader import default_workers
@@ -25,6 +24,7 @@ from util.cli import add_common_arguments, run_main
 from util.config import load_config, resolve_path
 from util.errors import ConfigError
 from util.lists import list_unlabeled
+from util.outputs import MARK, check_targets, replacing, save_picture
 from util.visualize import percent, share_chart
 
 REPORT, CHART = "report.txt", "classes.png"
@@ -65,16 +65,11 @@ def class_shares(inspection: Inspection, nclass: int) -> dict[str, np.ndarray]:
 
 
 def write_output(folder: Path, report: str, chart: Image.Image | None) -> None:
-    """Write the report and the chart; each replaces an earlier one as a whole."""
-    writers = {REPORT: lambda path: path.write_text(report, encoding="utf-8")}
+    """Write the report and the chart; each replaces an earlier one as a whole. Raises ConfigError."""
+    with replacing(folder / REPORT) as temporary:
+        temporary.write_text(f"{MARK} (scripts.check_data)\n\n{report}", encoding="utf-8")
     if chart is not None:
-        writers[CHART] = lambda path: chart.save(path, "PNG")
-    for name, write in writers.items():
-        try:
-            with replacing(folder / name) as temporary:
-                write(temporary)
-        except OSError as error:
-            raise ConfigError(f"--output {folder / name}: cannot be written: {error.strerror or error}") from None
+        save_picture(chart, folder / CHART)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled) or []
     output = Path(args.output) if args.output else None
     if output:
+        given = (args.config, args.labeled_id_path, args.unlabeled_id_path, cfg.unlabeled_id_path, cfg.val_id_path)
+        files = [resolve_path(path) for path in given if path]
+        files += [data_root / name for sample in (*labeled, *unlabeled, *val) for name in sample if name]
+        check_targets([output / REPORT, output / CHART], [("input", path) for path in files])
         _make_folder(output)
     inspection = inspect_lists(
         labeled,

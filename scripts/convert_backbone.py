@@ -39,6 +39,7 @@ from model.weights import PROJECT_ROOT, pretrained_state, read_pretrained
 from util.checkpoint import save_checkpoint
 from util.cli import run_main
 from util.config import resolve_path
+from util.outputs import check_suffix, identity
 
 TIMM_MODELS = {
     "resnet50": "resnet50s.gluon_in1k",
@@ -190,15 +191,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     output = Path(args.output).expanduser() if args.output else PROJECT_ROOT / "pretrained" / f"{args.name}.pth"
+    check_suffix("--output", output, (".pth", ".pt"))
+    if args.source != "timm" and (found := identity(resolve_path(args.source))) and found == identity(output):
+        raise WeightsError(f"{output}: is the file {args.source} that is converted; --output writes elsewhere")
     if output.exists() and not args.force:
         raise WeightsError(f"{output}: exists already; --force overwrites it, --output writes elsewhere")
-    source = f"timm's {TIMM_MODELS[args.name]}" if args.source == "timm" else args.source
-    weights = read_source(args.source, args.name)
-    state, left_out = convert(args.name, weights, source)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WeightsError(f"{output}: its folder cannot be made ({error.strerror})") from None
+    source = f"timm's {TIMM_MODELS[args.name]}" if args.source == "timm" else args.source
+    weights = read_source(args.source, args.name)
+    state, left_out = convert(args.name, weights, source)
     # A clone: torch.save would write the whole storage that a tensor is a part of.
     save_checkpoint({key: tensor.clone() for key, tensor in state.items()}, output)
     with torch.device("meta"):

@@ -34,6 +34,7 @@ from dataset.transform import (
 from util.cli import run_main
 from util.config import Config, resolve_path
 from util.errors import ConfigError
+from util.outputs import check_targets, save_picture
 from util.semi import pseudo_label
 from util.trained import add_model_arguments, open_trained
 from util.visualize import colorize
@@ -220,6 +221,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     plt, out = pyplot(), Path(args.out)
+    drawn = [
+        "method.png",
+        *(["views.png", "toy.png"] if args.checkpoint else []),
+        *(["curves.png"] if args.runs else []),
+    ]
+    check_targets([out / name for name in drawn], [])
     figures = {"method.png": method_figure(plt)}
     if args.checkpoint:
         model_parser = argparse.ArgumentParser()
@@ -230,14 +237,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures["toy.png"] = predictions_figure(plt, trained.cfg, model)
     if args.runs:
         figures["curves.png"] = curves_figure(plt, Path(args.runs))
-    out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110, bbox_inches="tight", pad_inches=0.08)
         image = Image.open(picture).convert("RGB")
         if picture.tell() > MAX_BYTES:  # 256 colours are a third of the size
             image = image.quantize(256, dither=Image.Dither.NONE)
-        image.save(out / name, optimize=True)
+        save_picture(image, out / name, optimize=True)
         print(f"{out / name}: {(out / name).stat().st_size // 1000} kB")
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset import DataError
 from dataset.files import read_image, read_label
 from dataset.lists import read_list
 from dataset.prepare.toy import NUM_LABELED, NUM_UNLABELED, NUM_VAL, PALETTE, make_toy
 from util.cli import run_main
 from util.config import resolve_path
+from util.errors import ConfigError
+from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, save_picture
 from util.visualize import colorize, panel
 
 PREVIEW_COLUMNS = 4  # pairs of image and label
@@ -46,15 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     root = resolve_path(args.root)
+    if args.preview:
+        check_suffix("--preview", args.preview, PICTURE_SUFFIXES)
+        if Path(args.preview).resolve().is_relative_to(root.resolve()):
+            raise ConfigError(f"--preview {args.preview}: lies in the set's own folder {root}: choose another place")
+        check_targets([args.preview], [])
     make_toy(root, args.seed, args.force)
     print(f"{root}: {NUM_LABELED} labelled, {NUM_UNLABELED} unlabelled and {NUM_VAL} validation images")
     if args.preview:
-        sheet = preview(root)
-        try:
-            Path(args.preview).parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(args.preview)
-        except (OSError, ValueError) as error:  # ValueError: a suffix that Pillow does not know
-            raise DataError(f"{args.preview}: cannot write the preview: {error}") from None
+        save_picture(preview(root), Path(args.preview))
 
 
 if __name__ == "__main__":

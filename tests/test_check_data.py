@@ -434,6 +434,20 @@ def test_a_report_is_replaced_as_a_whole_and_leaves_nothing_else(data, check, tm
     assert Image.open(out / "classes.png").format == "PNG"
 
 
+def test_neither_an_image_nor_a_list_nor_a_strangers_file_becomes_a_report(data, check, tmp_path):
+    (data.root / "images/val0.jpg").rename(data.root / "images/classes.png")
+    relist(data, data.val, "images/val0.jpg", "images/classes.png")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/report.txt").write_text("a year's work")
+    before = (data.root / "images/classes.png").read_bytes()
+    with pytest.raises(ConfigError, match=r"classes\.png: is the input \S*classes\.png, which would be overwritten"):
+        check("--output", data.root / "images")
+    with pytest.raises(ConfigError, match=r"report\.txt: exists, and these tools did not write it"):
+        check("--output", tmp_path / "mine")
+    assert (data.root / "images/classes.png").read_bytes() == before
+    assert (tmp_path / "mine/report.txt").read_text() == "a year's work"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
 def test_a_file_name_that_is_no_text_is_told_all_the_same(data, check, tmp_path):
     folder = data.root / "pool"

@@ -207,6 +207,19 @@ def test_an_existing_file_is_kept_unless_forced(resnet50_file, tmp_path, capsys)
     assert len(torch.load(output, weights_only=True)) == 265
 
 
+def test_no_input_is_overwritten_and_the_outputs_suffix_is_checked_first(resnet50_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert_backbone, "convert", None)  # nothing is converted
+    link = tmp_path / "link.pth"
+    link.symlink_to(resnet50_file)
+    before = resnet50_file.read_bytes()
+    for output in (resnet50_file, link):
+        line = error_of(capsys, "resnet50_tv", "--from", resnet50_file, "--output", output, "--force")
+        assert f"{output}: is the file {resnet50_file} that is converted" in line
+    assert resnet50_file.read_bytes() == before
+    line = error_of(capsys, "resnet50_tv", "--from", resnet50_file, "--output", tmp_path / "out.safetensors")
+    assert "out.safetensors: the suffix must be one of .pth, .pt" in line
+
+
 def test_safetensors_files_are_read(resnet50_file, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "model.safetensors"

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from model import build_model
 from scripts.make_figures import main, read_curve
 from util.config import load_config, to_dict
+from util.errors import ConfigError
 from util.run_files import BEST
 
 pytest.importorskip("matplotlib")
@@ -46,3 +47,12 @@ def test_a_curve_is_read_by_the_steps_that_were_done(tmp_path):
     write_curves(tmp_path)
     assert read_curve(tmp_path / "fixmatch/seed1") == {2: 12, 4: 22, 6: 32}
     assert read_curve(tmp_path) == {}
+
+
+def test_a_picture_that_no_tool_made_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "method.png"
+    Image.new("RGB", (4, 4)).save(path)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"method\.png: exists, and these tools did not write it"):
+        main(["--out", str(tmp_path)])
+    assert path.read_bytes() == before

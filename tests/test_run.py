@@ -98,3 +98,27 @@ def test_variables_that_are_left_over_are_named(monkeypatch, variables, fragment
     for name in variables:
         monkeypatch.setenv(name, "")  # empty is not set
     assert find_processes() == Processes()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_weights_that_a_run_starts_from_are_not_replaced_by_its_own(data, tmp_path, capsys, resume):
+    path = tmp_path / "run/epoch-0001.pth"
+    path.parent.mkdir()
+    path.write_bytes(b"a checkpoint")
+    with pytest.raises(
+        ConfigError, match=r"init_from \S*weights\.pth: is \S*epoch-0001\.pth, which this run would repl"
+    ):
+        os.symlink(path, tmp_path / "weights.pth")
+        start(data, tmp_path, capsys, "--resume", resume, "--set", f"init_from={tmp_path / 'weights.pth'}")
+    assert [entry.name for entry in path.parent.glob("*.pth")] == ["epoch-0001.pth"]
+
+
+def test_a_config_in_the_save_path_that_was_given_is_left_as_it_was_written(data, tmp_path, capsys):
+    path = tmp_path / "run/config.yaml"
+    path.parent.mkdir()
+    text = "# my notes\n" + data.config.read_text()
+    path.write_text(text)
+    start(data, tmp_path, capsys, "--config", str(path))
+    assert path.read_text() == text
+    start(data, tmp_path, capsys)  # another file was given
+    assert "nclass: 3" in path.read_text()

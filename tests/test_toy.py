@@ -23,6 +23,7 @@ from dataset.prepare.toy import CLASSES, NUM_LABELED, NUM_UNLABELED, NUM_VAL, PA
 from scripts import make_toy as make_toy_script
 from tests.helpers import PROJECT_ROOT
 from util.cli import run_main
+from util.errors import ConfigError
 
 N = len(CLASSES)
 BLUR = ImageFilter.GaussianBlur(2)
@@ -332,13 +333,28 @@ def test_the_script_writes_a_preview_in_the_palette_s_colours(root, tmp_path, ca
     assert set(PALETTE) <= colours
 
 
+def test_a_preview_replaces_no_picture_but_an_earlier_preview(root, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (3, 3)).save(photo)
+    for path in (photo, root / "images/train/0000.png", root / "new.png"):
+        before = path.read_bytes() if path.exists() else None
+        with pytest.raises(ConfigError, match=f"{path.name}: (exists, and these|lies in the set's own folder)"):
+            make_toy_script.main(["--root", str(root), "--preview", str(path)])
+        assert (path.read_bytes() if path.exists() else None) == before
+    for _ in range(2):
+        make_toy_script.main(["--root", str(root), "--preview", str(tmp_path / "preview.png")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--root", "{tmp}/file"], "{tmp}/file: a file is where the toy set should go"),
         (["--root", "{tmp}/file/toy"], "{tmp}/file/toy: cannot write the toy set: "),
         (["--root", "{tmp}/toy", "--seed", "-1"], "seed -1: the toy set's seed must be 0 or more"),
-        (["--root", "{root}", "--preview", "{tmp}/toy.nothing"], "{tmp}/toy.nothing: cannot write the preview"),
+        (
+            ["--root", "{root}", "--preview", "{tmp}/toy.nothing"],
+            "--preview {tmp}/toy.nothing: the suffix must be one of",
+        ),
     ],
 )
 def test_bad_input_to_the_script_is_one_line(root, tmp_path, capsys, arguments, message):

@@ -74,7 +74,7 @@ def read_mark(path: str | Path) -> str | None:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return _marked(archive.comment)
-        if path.suffix in (".json", ".csv"):
+        if path.suffix in (".json", ".csv", ".txt"):
             with open(path, "rb") as file:
                 head = file.read(500)
             return "" if MARK.encode() in head or head.startswith(TABLE_HEADER.encode()) else None
@@ -100,14 +100,14 @@ def comment(fingerprint: str = "") -> bytes:
     return MARK.encode() + json.dumps(fingerprint).encode()
 
 
-def save_picture(image: Image.Image, path: Path, fingerprint: str = "") -> None:
-    """Save a picture, by its suffix, with the mark of the tools. Raises ConfigError."""
+def save_picture(image: Image.Image, path: Path, fingerprint: str = "", optimize: bool = False) -> None:
+    """Save a picture, by its suffix, with the mark of the tools; `optimize`: a smaller PNG. Raises ConfigError."""
     with writing(path) as file:
         if path.suffix.lower() == ".png":
             text = PngInfo()
             text.add_text("Software", MARK)
             text.add_text(FINGERPRINT, fingerprint)
-            image.save(file, "PNG", pnginfo=text)
+            image.save(file, "PNG", pnginfo=text, optimize=optimize)
         else:
             image.convert("RGB").save(file, "JPEG", quality=92, comment=comment(fingerprint))
 

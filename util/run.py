@@ -51,9 +51,10 @@ from util.init_from import check_start, load_start
 from util.lists import Lists, describe_doubts, find_lists, identify
 from util.lock import locked
 from util.log import RunLog
+from util.outputs import identity
 from util.precision import check_precision, describe_precision, set_precision
 from util.resume import Found, find_checkpoint
-from util.run_files import CONFIG_FILE, LOG_FILE
+from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS
 from util.schedule import build_optimizer
 from util.signals import outside_training
 from util.teacher import Teacher
@@ -183,6 +184,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
             notes += found.notes
         if processes.is_main:
+            _check_inputs(cfg, args, save_path, fresh=found.path is None)
             notes += _check_start(cfg, found)
             if cfg.check_data:
                 notes += _check_data(cfg, lists)
@@ -192,7 +194,8 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         cache = stack.enter_context(_open_cache(cfg, save_path))
         log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step))
         stack.enter_context(process_group(processes, device, cfg.dist_timeout, log.stopped))
-        if processes.is_main:
+        own_config = identity(save_path / CONFIG_FILE)  # which may be the one that was given: then it stays as it is
+        if processes.is_main and (own_config is None or own_config != identity(resolve_path(args.config))):
             with writing(save_path / CONFIG_FILE) as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
         lr = (
@@ -215,6 +218,18 @@ def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tupl
         return replace(cfg, reference_batch=2 * cfg.reference_batch), note
     cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
     return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
+
+
+def _check_inputs(cfg: Config, args: argparse.Namespace, save_path: Path, fresh: bool) -> None:
+    """Raise ConfigError if the run would replace, or move aside, a list or weights that it reads."""
+    written = {identity(path): path for name in RESULTS if name != CONFIG_FILE for path in save_path.glob(name)}
+    given = {"--labeled-id-path": args.labeled_id_path, "--unlabeled-id-path": args.unlabeled_id_path}
+    given |= {"val_id_path": cfg.val_id_path, "unlabeled_id_path": cfg.unlabeled_id_path}
+    if fresh:  # else the weights are not read
+        given |= {"init_from": cfg.init_from, "pretrained": cfg.pretrained if isinstance(cfg.pretrained, str) else None}
+    for key, path in given.items():
+        if path and (found := written.get(identity(resolve_path(path)) or ())):
+            raise ConfigError(f"{key} {path}: is {found}, which this run would replace: choose another --save-path")
 
 
 def _check_start(cfg: Config, found: Found) -> list[str]:

@@ -30,6 +30,7 @@ from scripts.benchmark.loss import measure_loss
 from scripts.benchmark.rows import line
 from scripts.benchmark.step import measure_step
 from util.cli import run_main
+from util.outputs import MARK, check_suffix, check_targets, replacing
 
 GROUPS = {
     "data": measure_data,
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if args.json:
+        check_suffix("--json", args.json, (".json",))
+        check_targets([args.json], [])
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
 
     versions = f"torch {torch.__version__}, Pillow {PIL.__version__}, Python {platform.python_version()}"
@@ -67,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row)
     if args.json:
         figures = [{**asdict(row), "ratio": row.ratio} for row in rows]
-        text = json.dumps({"machine": machine, "rounds": args.rounds, "rows": figures}, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"tool": MARK, "machine": machine, "rounds": args.rounds, "rows": figures}, indent=1)
+        with replacing(args.json) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
