@@ -26,7 +26,7 @@ import torch
 
 from dataset.atomic import replacing
 from dataset.errors import DataError
-from dataset.files import read_indices, read_pixels
+from dataset.files import LabelColors, read_indices, read_pixels
 
 SHARED_MEMORY = Path("/dev/shm")
 MAX_MAPS = 4096  # pictures that a process keeps mapped; of the labelled ones, which come often, mostly all
@@ -46,7 +46,7 @@ class ImageCache:
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
-        self._maps: OrderedDict[tuple[str | Path, int], tuple[tuple[int, int], np.ndarray]] = OrderedDict()
+        self._maps: OrderedDict[tuple[str | Path, str, int], tuple[tuple[int, int], np.ndarray]] = OrderedDict()
         try:
             self._lock, self._owner = _hold(self.folder), os.getpid()
             with self._counter() as counter:  # recounted: a killed writer had announced what it never wrote
@@ -58,9 +58,10 @@ class ImageCache:
         """uint8 (H, W, 3), as `read_pixels` gives it; raises its DataError."""
         return self._get(path, read_pixels, channels=3)
 
-    def label(self, path: str | Path) -> np.ndarray:
+    def label(self, path: str | Path, colors: LabelColors | None = None) -> np.ndarray:
         """uint8 (H, W), as `read_indices` gives it; raises its DataError."""
-        return self._get(path, read_indices, channels=0)
+        variant = f" {sorted(colors.items())}" if colors else ""
+        return self._get(path, lambda label: read_indices(label, colors), 0, variant)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -71,7 +72,9 @@ class ImageCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_maps": OrderedDict()}
 
-    def _get(self, path: str | Path, read: Callable[[str | Path], np.ndarray], channels: int) -> np.ndarray:
+    def _get(
+        self, path: str | Path, read: Callable[[str | Path], np.ndarray], channels: int, variant: str = ""
+    ) -> np.ndarray:
         if os.getpid() != self._owner:  # a worker: its parent holds the folder, and may outlive it
             self.close()
         try:
@@ -79,10 +82,10 @@ class ImageCache:
         except OSError:
             return read(path)  # which tells what is wrong
         stamp = (source.st_size, source.st_mtime_ns)
-        made_of, pixels = self._maps.pop((path, channels), (None, None))
+        made_of, pixels = self._maps.pop((path, variant, channels), (None, None))
         if made_of != stamp:
             name = hashlib.sha256(
-                f"{channels} {os.path.abspath(path)}".encode("utf-8", "backslashreplace")
+                f"{channels} {os.path.abspath(path)}{variant}".encode("utf-8", "backslashreplace")
             ).hexdigest()[:40]
             entry = os.path.join(self.folder, name[:2], name)
             pixels = _read_entry(entry, stamp, channels)
@@ -92,7 +95,7 @@ class ImageCache:
                 with contextlib.suppress(OSError):
                     self._write(Path(entry), stamp, channels, pixels)
                 return pixels
-        self._maps[path, channels] = stamp, pixels
+        self._maps[path, variant, channels] = stamp, pixels
         if len(self._maps) > MAX_MAPS:
             self._maps.popitem(last=False)
         return pixels

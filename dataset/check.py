@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.errors import DataError
-from dataset.files import IGNORE_INDEX, check_depth, errors_named, read_image, read_label, size_fault
+from dataset.files import IGNORE_INDEX, LabelColors, check_depth, errors_named, read_image, read_label, size_fault
 from dataset.lists import Sample
 
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
@@ -28,6 +28,7 @@ def check_samples(
     threads: int = 8,
     label_map: Mapping[int, int] | None = None,
     progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda checked, total: checked,
+    label_colors: LabelColors | None = None,
 ) -> None:
     """Check every file of a list; the first fault in list order is raised as DataError.
 
@@ -41,7 +42,7 @@ def check_samples(
     found: set[int] = set()
     two_ways = []
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
-        checked = _map(pool, lambda sample: _check_sample(sample, root, nclass, label_map or {}), samples)
+        checked = _map(pool, lambda sample: _check_sample(sample, root, nclass, label_map or {}, label_colors), samples)
         for sample, (values, shown) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
             if can_be_read_two_ways(values, shown, nclass, label_map):
@@ -122,13 +123,13 @@ def mask_hint(value: int = 255) -> str:
 
 
 def _check_sample(
-    sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int]
+    sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int], label_colors: LabelColors | None
 ) -> tuple[set[int], Sequence[int] | None]:
     """The values found in the sample's label (none without one), and as what they are shown."""
     size = _check_image(root / sample.image)
     if sample.label is None:
         return set(), None
-    label = read_label(root / sample.label)
+    label = read_label(root / sample.label, label_colors)
     found = np.flatnonzero(label.histogram()).tolist()
     for fault in label_faults(sample, root, size, label, found, nclass, label_map):
         raise fault

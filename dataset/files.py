@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
+from dataset.colors import UnknownColour, color_indices
 from dataset.errors import DataError
 from dataset.resize import picture_size
 
 IGNORE_INDEX = 255
+LabelColors = Mapping[tuple[int, int, int], int]  # label values of labels that are drawn in colours
 LARGE = 2**19  # pixels of a PNG from which on leaving out rows saves more than it costs
 # Whatever its name, a file with PostScript in it would be run by Ghostscript.
 EpsImagePlugin.gs_binary = False
@@ -49,25 +51,28 @@ def read_pixels(path: str | Path) -> np.ndarray:
         return np.asarray(decode_image(image))
 
 
-def read_label(path: str | Path) -> Image.Image:
+def read_label(path: str | Path, colors: LabelColors | None = None) -> Image.Image:
     """Decode a label as a Pillow image of mode L whose values are class indices. Raises DataError naming the file.
+
+    With `colors`, labels are drawn in colours: `{(red, green, blue): value}`.
 
     Where a viewer shows other values, `info["shown"]` of the image has the shown value of each stored one.
     """
-    with open_label(path) as label:
-        shown = _shown_values(label)
-        image = Image.fromarray(_indices(label))
+    with open_label(path, colors) as label:
+        shown = None if colors else _shown_values(label)
+        image = Image.fromarray(_indices(label, colors))
     image.info["shown"] = shown
     return image
 
 
-def read_indices(path: str | Path) -> np.ndarray:
+def read_indices(path: str | Path, colors: LabelColors | None = None) -> np.ndarray:
     """Decode a label as class indices, uint8 (H, W). Raises DataError naming the file.
 
-    Indices are the values as stored: of a palette's entries, and of grey pixels of 1, 2, 4, 8 or 16 bits.
+    Indices are the values as stored: of a palette's entries, and of grey pixels of 1, 2, 4, 8 or 16 bits. With
+    `colors`, they are those of the colours that are seen.
     """
-    with open_label(path) as label:
-        return decode_label(label)
+    with open_label(path, colors) as label:
+        return decode_label(label, colors=colors)
 
 
 @contextlib.contextmanager
@@ -79,13 +84,16 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def open_label(path: str | Path) -> Iterator[Image.Image]:
+def open_label(path: str | Path, colors: LabelColors | None = None) -> Iterator[Image.Image]:
     """A label of which Pillow has read the header only. An error while it is open is a DataError naming the file."""
     with errors_named(path, "label"), Image.open(path) as label:
+        if colors:
+            yield label
+            return
         if label.mode not in ("L", "P", "1") and label.mode[0] != "I":
-            colours = "; labels drawn in the palette's colours" if label.mode in ("RGB", "RGBA") else ""
+            hint = "; set label_colors if classes are drawn in colours" if label.mode in ("RGB", "RGBA") else ""
             raise DataError(
-                f"{path}: the label is a {label.mode} image; expected one channel of class indices{colours}",
+                f"{path}: the label is a {label.mode} image; expected one channel of class indices{hint}",
                 "labels that are not one channel of class indices",
             )
         if label.tile and label.tile[0][0].startswith("ppm") and label.mode == "L":
@@ -123,17 +131,22 @@ def decode_image(opened: Image.Image | np.ndarray, rows: int | None = None) -> I
         return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
-def decode_label(opened: Image.Image | np.ndarray, rows: int | None = None) -> np.ndarray:
-    """The class indices of an opened label, uint8 (H, W), likewise; below `rows` they are 0."""
+def decode_label(
+    opened: Image.Image | np.ndarray, rows: int | None = None, colors: LabelColors | None = None
+) -> np.ndarray:
+    """The class indices of an opened label, uint8 (H, W), likewise; below `rows` they are 0 unless it has `colors`."""
     if isinstance(opened, np.ndarray):
         return opened
     with errors_named(opened.filename, "label"):
-        _leave_out_rows(opened, rows)
-        return _indices(opened)
+        if not colors:  # black, as which rows are left out, may be none of them
+            _leave_out_rows(opened, rows)
+        return _indices(opened, colors)
 
 
-def _indices(label: Image.Image) -> np.ndarray:
-    """The values of an open label as its file stores them, uint8 (H, W)."""
+def _indices(label: Image.Image, colors: LabelColors | None) -> np.ndarray:
+    """The values of an open label as its file stores them, or of its `colors`, uint8 (H, W)."""
+    if colors:
+        return _color_indices(label, colors)
     bits = _grey_bits(label)
     values = np.asarray(label)
     if bits in (2, 4):
@@ -145,6 +158,19 @@ def _indices(label: Image.Image) -> np.ndarray:
             "label values outside 0 to 255",
         )
     return values.astype(np.uint8, copy=False)
+
+
+def _color_indices(label: Image.Image, colors: LabelColors) -> np.ndarray:
+    """The values of an open label that is drawn in these colours; transparency is dropped."""
+    kind = "labels with colours outside label_colors"
+    if label.mode not in ("RGB", "RGBA", "P", "L", "1"):
+        fault = f"{label.filename}: the label is a {label.mode} image; label_colors needs RGB with 8 bits per channel"
+        raise DataError(fault, kind)
+    try:
+        return color_indices(np.asarray(label.convert("RGB")), colors)
+    except UnknownColour as error:
+        hint = ": JPEG changes colours, use PNG" if label.format == "JPEG" else ""
+        raise DataError(f"{label.filename}: the label has {error}{hint}", kind) from None
 
 
 def _grey_bits(label: Image.Image) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.cache import ImageCache
-from dataset.files import decode_image, decode_label, map_label, open_image, open_label, size_fault
+from dataset.files import LabelColors, decode_image, decode_label, map_label, open_image, open_label, size_fault
 from dataset.lists import Sample
 from dataset.resize import picture_size
 
@@ -24,12 +24,14 @@ Opened = Image.Image | np.ndarray
 class DataSource(NamedTuple):
     """The folder that list files' paths are relative to, the `label_map` of its labels, and a cache of its pictures.
 
-    `label_map` gives the class of values in the label files that are no class themselves. Each method raises DataError.
+    `label_map` gives the class of values in the label files that are no class themselves, `label_colors` the values of
+    labels that are drawn in colours. Each method raises DataError.
     """
 
     root: str | Path
     label_map: Mapping[int, int] | None = None
     cache: ImageCache | None = None
+    label_colors: LabelColors | None = None
 
     def open_image(self, name: str) -> AbstractContextManager[Opened]:
         """The image of that name in a list."""
@@ -39,7 +41,9 @@ class DataSource(NamedTuple):
     def open_label(self, name: str) -> AbstractContextManager[Opened]:
         """The label of that name in a list."""
         path = os.path.join(self.root, name)
-        return open_label(path) if self.cache is None else contextlib.nullcontext(self.cache.label(path))
+        if self.cache is None:
+            return open_label(path, self.label_colors)
+        return contextlib.nullcontext(self.cache.label(path, self.label_colors))
 
     def decode_pair(
         self, sample: Sample, image: Opened, label: Opened, rows: int | None = None
@@ -48,7 +52,7 @@ class DataSource(NamedTuple):
 
         They are of equal size, and the label is mapped by `label_map`. `rows` as `dataset.files.decode_image` has it.
         """
-        image, label = decode_image(image, rows), decode_label(label, rows)
+        image, label = decode_image(image, rows), decode_label(label, rows, self.label_colors)
         root = Path(self.root)
         if fault := size_fault(root / sample.image, root / sample.label, picture_size(image), picture_size(label)):
             raise fault

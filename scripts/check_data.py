@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg.label_map,
         default_workers(1) if args.workers is None else args.workers,
         lambda looks, total: tqdm(looks, "check", total, unit="image", disable=None),
+        cfg.color_values,
     )
     title = (
         f"{cfg.dataset}: {len(labeled)} labelled, {len(unlabeled)} unlabelled and {len(val)} validation images in "

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_root = resolve_path(cfg.data_root)
     samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
     if processes.is_main and cfg.check_data:
-        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map)
+        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map, label_colors=cfg.color_values)
     if processes.is_main:
         print("".join(f"{note}\n" for note in trained.notes), end="")
     if args.out:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = trained.build()
     view = View(args.mode or cfg.eval_mode, cfg.crop_size, tuple(args.scales), args.flip)
     with process_group(processes, device):
-        source = DataSource(data_root, cfg.label_map)
+        source = DataSource(data_root, cfg.label_map, label_colors=cfg.color_values)
         dataset = Numbered(
             ValDataset(samples[processes.rank :: processes.count], source), processes.rank, processes.count
         )

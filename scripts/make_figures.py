@@ -165,7 +165,7 @@ def predictions_figure(plt: Any, cfg: Config, model: torch.nn.Module, rows: int 
         ax.axis("off")
         ax.set_anchor("N")
     for index, sample in enumerate(samples):
-        image, label = read_image(root / sample.image), np.asarray(read_label(root / sample.label))
+        image, label = read_image(root / sample.image), np.asarray(read_label(root / sample.label, cfg.color_values))
         with torch.no_grad():
             predicted = model(normalize(image).unsqueeze(0))[0].argmax(0).byte().numpy()
         pictures = [image, colorize(label, cfg.palette), colorize(predicted, cfg.palette)]

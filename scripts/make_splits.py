@@ -24,10 +24,10 @@ from tqdm import tqdm
 from dataset import DataError
 from dataset.atomic import replacing
 from dataset.check import mask_hint
-from dataset.files import IGNORE_INDEX, map_label, read_label
+from dataset.files import IGNORE_INDEX, LabelColors, map_label, read_label
 from dataset.lists import Sample, images_in, is_hidden
 from util.cli import run_main
-from util.config import parse_label_map, resolve_path
+from util.config import parse_label_colors, parse_label_map, resolve_path
 from util.errors import ConfigError
 
 LISTS = ("train.txt", "labeled.txt", "val.txt")
@@ -73,11 +73,13 @@ def _by_stem(folder: Path, other: Path, root: Path, kind: str, left_out: list[st
     return found
 
 
-def count_pixels(labels: Sequence[Path], label_map: Mapping[int, int] | None, threads: int = 8) -> np.ndarray:
+def count_pixels(
+    labels: Sequence[Path], label_map: Mapping[int, int] | None, threads: int = 8, colors: LabelColors | None = None
+) -> np.ndarray:
     """Pixels of each value 0..255, after `label_map`, in each label: int64 (labels, 256)."""
 
     def count(path: Path) -> np.ndarray:
-        return np.bincount(np.asarray(map_label(read_label(path), label_map)).ravel(), minlength=256)
+        return np.bincount(np.asarray(map_label(read_label(path, colors), label_map)).ravel(), minlength=256)
 
     with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders release the interpreter lock
         return np.stack(list(tqdm(pool.map(count, labels), "labels", len(labels), unit="label", disable=None)))
@@ -173,12 +175,21 @@ def count_table(pixels: np.ndarray, labeled: np.ndarray, val: np.ndarray) -> str
     return "\n".join(rows)
 
 
-def config_snippet(name: str, root: str, output: Path, classes: int, label_map: Mapping[int, int] | None) -> str:
+def config_snippet(
+    name: str,
+    root: str,
+    output: Path,
+    classes: int,
+    label_map: Mapping[int, int] | None,
+    colors: LabelColors | None = None,
+) -> str:
     """The keys of a config that these lists determine, as YAML."""
     named = {"classes": [f"class {i}" for i in range(classes)]} if classes <= 40 else {"nclass": classes}
     keys = {"dataset": re.sub(r"[^\w.-]", "_", name) or "my_data", "data_root": root, **named}
     if label_map:
         keys["label_map"] = dict(label_map)
+    if colors:
+        keys["label_colors"] = [list(colour) for colour in colors]
     keys |= {"val_id_path": str(output / "val.txt"), "unlabeled_id_path": str(output / "train.txt")}
     return yaml.safe_dump(keys, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
@@ -196,10 +207,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "a label: share or number; 1/1 is all (default: 1/8)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="another number draws other images (default: 0)")
     parser.add_argument("--label-map", metavar="MAP", help="as the config's label_map: '{0: 0, 255: 1}'")
+    parser.add_argument(
+        "--label-colors", metavar="COLOURS", help="as the config's label_colors: '[[0, 0, 0], [9, 9, 9]]'"
+    )
     parser.add_argument("--force", action="store_true", help="replace existing lists")
     args = parser.parse_args(argv)
 
     label_map = parse_label_map(args.label_map, f"--label-map {args.label_map}") if args.label_map else None
+    colors = parse_label_colors(args.label_colors, f"--label-colors {args.label_colors}") if args.label_colors else None
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: must be at least 0")
     output = Path(args.output)
@@ -222,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{labels}: {len(pairs)} images have a label, but --val {args.val} and --labeled {args.labeled} "
             f"ask for {num_val} + {num_labeled}; lower them"
         )
-    pixels = count_pixels([root / sample.label for sample in pairs], label_map)
+    pixels = count_pixels([root / sample.label for sample in pairs], label_map, colors=colors)
     ignored = bool(pixels[:, IGNORE_INDEX].any())
     pixels[:, IGNORE_INDEX] = 0
     found = np.flatnonzero(pixels.any(0))
@@ -254,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: {gaps} of the values 0..{classes - 1} never occur; --label-map can give consecutive classes")
     shown = os.path.relpath(root) if root.is_relative_to(Path.cwd()) else str(root)
     print("\nfor the config (name the classes; configs/custom.yaml explains the other keys):\n")
-    print(config_snippet(root.name, shown, output, max(2, classes), label_map))
+    print(config_snippet(root.name, shown, output, max(2, classes), label_map, colors))
     print(f"and on the command line: --labeled-id-path {output / 'labeled.txt'}")
 
 

@@ -197,7 +197,7 @@ def _panel(previews: Sequence[tuple[Picture, Preview]], cfg: Config, options: Op
 def _truth(label: Path | None, size: tuple[int, int], cfg: Config, options: Options) -> Image.Image:
     """The label in the palette's colours; white where the list has none, or none that can be read."""
     try:
-        truth = read_label(label) if label is not None else None
+        truth = read_label(label, cfg.color_values) if label is not None else None
     except DataError as error:
         tqdm.write(f"warning: {error_line(error)}", file=sys.stderr)
         truth = None

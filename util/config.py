@@ -33,6 +33,7 @@ __all__ = [
     "for_method",
     "has_teacher",
     "load_config",
+    "parse_label_colors",
     "parse_label_map",
     "resolve_path",
     "to_dict",
@@ -90,6 +91,17 @@ def parse_label_map(text: str, source: str) -> dict[int, int] | None:
         return convert_label_map(value)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def parse_label_colors(text: str, source: str) -> dict[tuple[int, int, int], int]:
+    """Label values of `label_colors`, given as YAML text; raises ConfigError, which begins with `source`."""
+    try:
+        colours = convert(parse_yaml(text, source), tuple[tuple[int, int, int], ...], {"minimum": 0, "maximum": 255})
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
+    if len(set(colours)) != len(colours) or len(colours) > 256:
+        raise ConfigError(f"{source}: expected at most 256 colours, each once")
+    return {colour: value for value, colour in enumerate(colours)}
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

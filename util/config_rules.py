@@ -64,6 +64,18 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
     for value, index in (cfg.label_map or {}).items():
         if cfg.nclass <= index != 255:
             fail("label_map", f"{value}: {index}: classes are 0..{cfg.nclass - 1}, and 255 for ignored pixels")
+    colours = cfg.palette if cfg.label_colors == "palette" else cfg.label_colors or ()
+    if len(set(colours)) != len(colours):
+        twice = next(colour for colour in colours if colours.count(colour) > 1)
+        fail("label_colors", f"the colour {list(twice)} is listed twice")
+    if len(colours) > 256 or any(not 0 <= value <= 255 for colour in colours for value in colour):
+        fail("label_colors", "at most 256 colours, [red, green, blue] with values from 0 to 255")
+    if extra := [i for i in range(len(colours)) if cfg.nclass <= (cfg.label_map or {}).get(i, i) != 255]:
+        fail(
+            "label_colors",
+            f"colour {extra[0]}, {list(colours[extra[0]])}, is of no class: classes are 0..{cfg.nclass - 1}; "
+            f"label_map: {{{extra[0]}: 255}} ignores it",
+        )
     if len(cfg.palette) != cfg.nclass:
         fail("palette", f"{len(cfg.palette)} colours for {cfg.nclass} classes")
     if any(not 0 <= value <= 255 for colour in cfg.palette for value in colour):

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from dataset.catalog import CATALOG, voc_palette
+from dataset.colors import IGNORED_COLOUR
 from model import BACKBONES, DINOV2_BACKBONES
 from util.errors import ConfigError, quoted, suggest
 
@@ -66,6 +67,11 @@ class Config:
     palette: tuple[tuple[int, int, int], ...] | None = _setting("one [red, green, blue] per class, 0 to 255", None)
     label_map: dict[int, int] | None = _key(
         "class (or 255, ignored) of values in the label files, such as {0: 0, 255: 1}; other values stay", None
+    )
+    label_colors: Literal["palette"] | tuple[tuple[int, int, int], ...] | None = _key(
+        "labels are drawn in colours: one [red, green, blue] for each label value from 0, or `palette`, whose ignored "
+        "pixels are [224, 224, 192]; label_map applies to the values",
+        None,
     )
     unlabeled_id_path: str | None = _setting(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it; "
@@ -190,6 +196,13 @@ class Config:
     def step_images(self) -> int:
         """Labelled images that one process takes in a step, over all batches that it accumulates."""
         return self.batch_size * self.accumulate
+
+    @property
+    def color_values(self) -> dict[tuple[int, int, int], int] | None:
+        """The label value of each colour of `label_colors`; None where labels hold indices."""
+        if self.label_colors == "palette":
+            return {IGNORED_COLOUR: 255} | {colour: index for index, colour in enumerate(self.palette)}
+        return {colour: index for index, colour in enumerate(self.label_colors)} if self.label_colors else None
 
     def __post_init__(self) -> None:
         """Fill in what the data set implies, so that no list, name or colour of it is missing."""

@@ -41,7 +41,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
         if bool in kinds and isinstance(value, str):
             value = SWITCHES.get(value.lower(), value)
         exact = [kind for kind in kinds if typing.get_origin(kind) is None and isinstance(value, kind)]
-        return convert(value, (exact or kinds)[0], limits)
+        listed = [kind for kind in kinds if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple))]
+        return convert(value, (exact or listed or kinds)[0], limits)
     if origin is tuple:
         return _convert_tuple(value, args, limits)
     if origin is dict:

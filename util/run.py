@@ -130,7 +130,7 @@ class Run:
         )
 
     def _source(self) -> DataSource:
-        return DataSource(resolve_path(self.cfg.data_root), self.cfg.label_map, self.cache)
+        return DataSource(resolve_path(self.cfg.data_root), self.cfg.label_map, self.cache, self.cfg.color_values)
 
 
 def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
@@ -247,7 +247,8 @@ def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
     """Check every listed file. Raises DataError; returns warnings for the log."""
     data_root = resolve_path(cfg.data_root)
     for samples in (lists.labeled, lists.unlabeled or [], lists.val):
-        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map, progress=_show_checking)
+        options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "progress": _show_checking}
+        check_samples(samples, data_root, cfg.nclass, **options)
     return describe_doubts(lists, data_root)
 
 

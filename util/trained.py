@@ -21,7 +21,7 @@ from util.precision import evaluation_copy, set_precision
 # Keys with another value than in training make other logits out of the same weights, if the weights fit at all.
 MODEL_KEYS = ("model", "backbone", "nclass", "channels", "dilations", "replace_stride_with_dilation", "mean", "std")
 # Keys of which the result of a tool depends besides; another value than in training is told.
-RESULT_KEYS = ("eval_mode", "crop_size", "label_map")
+RESULT_KEYS = ("eval_mode", "crop_size", "label_map", "label_colors")
 # Of the machine that trained. A checkpoint's config is used without them.
 MACHINE_KEYS = ("device", "workers", "prefetch", "persistent_workers", "pin_memory", "compile")
 MACHINE_KEYS += ("cache", "cache_gb", "cache_dir")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dataset.colors import IGNORED_COLOUR
 from dataset.files import IGNORE_INDEX
 
-IGNORED_COLOUR = (224, 224, 192)
 GAP = 4  # pixels between the pictures of a panel
 
 

@@ -29,7 +29,15 @@ from torchvision import io as torchvision_io
 
 from dataset.check import TWO_WAYS, can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
 from dataset.errors import DataError
-from dataset.files import IGNORE_INDEX, image_pixel_limit, limit_image_pixels, open_image, orientation, read_label
+from dataset.files import (
+    IGNORE_INDEX,
+    LabelColors,
+    image_pixel_limit,
+    limit_image_pixels,
+    open_image,
+    orientation,
+    read_label,
+)
 from dataset.lists import Sample, is_hidden, location, shared_images
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
@@ -105,6 +113,7 @@ def inspect_lists(
     label_map: Mapping[int, int] | None = None,
     workers: int = 1,
     progress: Callable[[Iterator[Look], int], Iterator[Look]] = lambda looks, total: looks,
+    label_colors: LabelColors | None = None,
 ) -> Inspection:
     """Open every file of the lists in `workers` processes (1: in this one); `labeled` and `unlabeled` may be empty.
 
@@ -116,7 +125,9 @@ def inspect_lists(
     samples = list(dict.fromkeys(sample for listed in lists.values() for sample in listed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
-        work = functools.partial(inspect_sample, root=root, nclass=len(classes), label_map=label_map)
+        work = functools.partial(
+            inspect_sample, root=root, nclass=len(classes), label_map=label_map, label_colors=label_colors
+        )
         looks = dict(zip(samples, progress(_map(work, samples, workers), len(samples)), strict=True))
     findings = [finding for look in looks.values() for finding in look.findings]
     pixels, images = {}, {}
@@ -157,7 +168,13 @@ def overlaps(
     ]
 
 
-def inspect_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int] | None) -> Look:
+def inspect_sample(
+    sample: Sample,
+    root: Path,
+    nclass: int,
+    label_map: Mapping[int, int] | None,
+    label_colors: LabelColors | None = None,
+) -> Look:
     """Decode a sample's files and say everything there is to say about them, in the order of the files."""
     findings, digest, size = [], None, None
     path = root / sample.image
@@ -176,7 +193,7 @@ def inspect_sample(sample: Sample, root: Path, nclass: int, label_map: Mapping[i
         return Look(findings, digest, size, None)
     path = root / sample.label
     try:
-        label = read_label(path)
+        label = read_label(path, label_colors)
         pixels = np.array(label.histogram())
         found = np.flatnonzero(pixels).tolist()
         findings += map(_error, label_faults(sample, root, size, label, found, nclass, label_map))
