@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import default_collate
 
-from dataset.transform import Photometry, apply_photometry_tensor, box_mask, normalize, padding_mask
+from dataset.photometry import apply_photometry_batch, photometry_numbers
+from dataset.transform import box_mask, normalize, padding_mask
 from dataset.views import Partner, UnlabeledSample, UnlabeledViews
 
 
@@ -25,7 +26,8 @@ class PackedViews(NamedTuple):
     count: int  # B
     views: int  # V, strong views of a sample
     pasted: bool
-    photometry: tuple[PhotometryDraws, ...]  # B, where the device makes the strong views; else empty
+    # Where the device makes the strong views, what is drawn for them, float32 (V * (B + U), NUMBERS); else None.
+    photometry: torch.Tensor | None
 
     @property
     def weak(self) -> torch.Tensor:
@@ -35,7 +37,7 @@ class PackedViews(NamedTuple):
     @property
     def strong(self) -> tuple[torch.Tensor, ...]:
         """V times (B, S, S, 3); none with `photometry`."""
-        views = 0 if self.photometry else self.views
+        views = self.views if self.photometry is None else 0
         return tuple(self.pixels[self.count * view : self.count * (view + 1)] for view in range(1, 1 + views))
 
     @property
@@ -68,13 +70,6 @@ class PackedViews(NamedTuple):
         return self.numbers.split([*known, len(self.numbers) - sum(known)])
 
 
-class PhotometryDraws(NamedTuple):
-    """What is drawn for a sample's V strong views and for those of its partner, if that is used."""
-
-    own: tuple[Photometry, ...]
-    partner: tuple[Photometry, ...] | None
-
-
 def collate(samples: Sequence[Any]) -> Any:
     """A batch of samples: stacked tensors and, of unlabelled samples, PackedViews."""
     if isinstance(samples[0][1], torch.Tensor):
@@ -93,32 +88,43 @@ def _pack(samples: Sequence[UnlabeledSample]) -> PackedViews:
     if first.pasted:  # a partner that is not used may have any extent
         numbers += [number for sample in samples for number in (sample.partner or sample).extent]
     numbers += [number for sample in samples for box in sample.boxes for number in box or (0, 0, 0, 0)]
-    draws = [PhotometryDraws(sample.photometry, sample.partner and sample.partner.photometry) for sample in samples]
     return PackedViews(
         default_collate(pixels),
         torch.tensor(numbers + used, dtype=torch.int64),
         len(samples),
         len(first.boxes),
         first.pasted,
-        () if first.strong else tuple(draws),
+        None if first.strong else _draws(samples),
     )
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def _draws(samples: Sequence[UnlabeledSample]) -> torch.Tensor:
+    """Of each strong view: its own photometry of all samples, then that of the partners that are used."""
+    partners = [sample.partner for sample in samples if sample.partner]
+    views = zip(*(sample.photometry for sample in [*samples, *partners]), strict=True)
+    return torch.tensor([photometry_numbers(draw) for view in views for draw in view])
+
+
+def to_device(batch: Any, device: torch.device, fixed_shapes: bool = False) -> Any:
     """A collated batch as a step takes it: images normalised floats, labels int64, on `device`. Copies do not block.
 
     `(image, label)`; with unlabelled images `((image, label), UnlabeledViews, Partner)`, without the Partner where the
-    step takes it from the reversed batch.
+    step takes it from the reversed batch. `fixed_shapes`: the Partner is whole, with black images where none is used,
+    so that all batches have the same shapes.
     """
     first, second = batch
     if isinstance(second, PackedViews):
-        return to_device(first, device), *_unpack(second, device)
+        return to_device(first, device), *_unpack(second, device, fixed_shapes)
     return _images(first.to(device, non_blocking=True)), second.to(device, non_blocking=True).long()
 
 
-def _unpack(packed: PackedViews, device: torch.device) -> tuple[UnlabeledViews] | tuple[UnlabeledViews, Partner]:
+def _unpack(
+    packed: PackedViews, device: torch.device, fixed_shapes: bool
+) -> tuple[UnlabeledViews] | tuple[UnlabeledViews, Partner]:
     packed = packed._replace(
-        pixels=packed.pixels.to(device, non_blocking=True), numbers=packed.numbers.to(device, non_blocking=True)
+        pixels=packed.pixels.to(device, non_blocking=True),
+        numbers=packed.numbers.to(device, non_blocking=True),
+        photometry=None if packed.photometry is None else packed.photometry.to(device, non_blocking=True),
     )
     size = packed.pixels.shape[1]
     boxes = [box_mask(box, size) for box in packed.boxes.unbind(1)]
@@ -127,22 +133,25 @@ def _unpack(packed: PackedViews, device: torch.device) -> tuple[UnlabeledViews] 
     views = UnlabeledViews(_images(packed.weak), strong1, strong2, padding_mask(packed.extent, size), box1, box2)
     if not packed.pasted:
         return (views,)
-    return views, Partner(_images(packed.partner), padding_mask(packed.extent_mix, size), packed.used)
+    partner, used = (_whole_batch(packed, packed.partner), None) if fixed_shapes else (packed.partner, packed.used)
+    return views, Partner(_images(partner), padding_mask(packed.extent_mix, size), used)
+
+
+def _whole_batch(packed: PackedViews, partner: torch.Tensor) -> torch.Tensor:
+    """The partners' images (U, ...) at their places among B, the others black."""
+    return partner.new_zeros(packed.count, *partner.shape[1:]).index_copy(0, packed.used, partner)
 
 
 def _strong_views(packed: PackedViews, boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The strong views, made where the weak ones are, with the partner's inside the boxes if there is one."""
-    own, partner = packed.weak.permute(0, 3, 1, 2), packed.partner.permute(0, 3, 1, 2)
-    used = [index for index, draws in enumerate(packed.photometry) if draws.partner]
+    weak = torch.cat([packed.weak, packed.partner]).permute(0, 3, 1, 2)
+    strong = apply_photometry_batch(weak.repeat(packed.views, 1, 1, 1), packed.photometry)
     views = []
-    for view, box in enumerate(boxes):
-        strong = torch.stack(
-            [apply_photometry_tensor(x, draws.own[view]) for x, draws in zip(own, packed.photometry, strict=True)]
-        )
-        for x, index in zip(partner, used, strict=True):
-            mix = apply_photometry_tensor(x, packed.photometry[index].partner[view])
-            strong[index] = torch.where(box[index], mix, strong[index])
-        views.append(strong.permute(0, 2, 3, 1))
+    for view, box in zip(strong.chunk(packed.views), boxes, strict=True):
+        own, partner = view.split([packed.count, len(packed.used)])
+        if packed.pasted:
+            own = torch.where(box.unsqueeze(1), _whole_batch(packed, partner), own)
+        views.append(own.permute(0, 2, 3, 1))
     return views
 
 

@@ -7,7 +7,7 @@ generator's seed alone: not of workers, of processes, or of what ran before.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -172,22 +172,9 @@ def strong_view(
     return strong
 
 
-def _adjust(image: Any, jitter: tuple[tuple[str, float], ...]) -> Any:
+def _adjust(image: Image.Image, jitter: tuple[tuple[str, float], ...]) -> Image.Image:
     for name, factor in jitter:
         image = getattr(F, f"adjust_{name}")(image, factor)
-    return image
-
-
-def apply_photometry_tensor(image: torch.Tensor, photometry: Photometry) -> torch.Tensor:
-    """The strong view of an 8-bit tensor (3, H, W), on its device: nearly that of `apply_photometry`.
-
-    torchvision rounds less between the operations, and blurs with a Gaussian where Pillow has three box blurs.
-    """
-    image = _adjust(image, photometry.jitter)
-    if photometry.grey:
-        image = F.rgb_to_grayscale(image, num_output_channels=3)
-    if photometry.blur_radius is not None:
-        image = F.gaussian_blur(image, 2 * math.ceil(3 * photometry.blur_radius) + 1, photometry.blur_radius)
     return image
 
 

@@ -190,7 +190,7 @@ def test_strong_views_are_now_and_then_the_weak_view_unchanged(root):
 
 
 @pytest.mark.parametrize("strong_views", [1, 2])
-def test_photometry_on_the_device_differs_from_the_workers_by_some_levels(tmp_path, strong_views):
+def test_photometry_on_the_device_is_the_workers_but_for_a_level_here_and_there(tmp_path, strong_views):
     size, rng = 96, np.random.default_rng(0)
     waves = np.sin(np.linspace(0, 6, 160)[None, :, None] + np.linspace(0, 4, 140)[:, None, None] * [1, -1, 0.5])
     Image.fromarray((128 + 90 * waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8)).save(
@@ -211,7 +211,7 @@ def test_photometry_on_the_device_differs_from_the_workers_by_some_levels(tmp_pa
             levels.append(255 * std * (found[1][view] - expected[1][view]).abs())
             changes.append(255 * std * (expected[1].weak - expected[1][view]).abs())
     levels, changes = torch.stack(levels), torch.stack(changes)
-    assert levels.mean() < 1.5
+    assert levels.max() < 1.01 and levels.mean() < 1e-3
     assert changes.mean() > 20  # what is compared is far from the weak view
 
 
