@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from dataset.transform import Photometry
 
-# A blend moves a picture away from another one by a factor: (factor, share of the mean grey, share of the grey picture).
+# A blend is other + factor * (image - other); the other is black, the mean grey or the grey picture: the shares of both
+# greys in it. UNCHANGED is a whole blend, with its factor.
 BLENDS = {"brightness": (0.0, 0.0), "contrast": (1.0, 0.0), "saturation": (0.0, 1.0)}
 UNCHANGED = (1.0, 0.0, 0.0)
 BOX_BLURS = 3  # stand for a Gaussian blur, along each side

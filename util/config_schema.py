@@ -147,7 +147,7 @@ class Config:
         "load batches into pinned memory, for faster GPU copies; default: for GPUs", None
     )
     photometry: Literal["worker", "device"] = _key(
-        "where the strong views' colours and blur are made; on the device they differ by some levels", "worker"
+        "where the strong views' colours and blur are made; on the device a few values are a level off", "worker"
     )
     cache: Literal["none", "ram", "disk"] = _setting(
         "keep decoded images and labels in shared memory or on a disk", "none"
