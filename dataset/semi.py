@@ -99,6 +99,18 @@ class TrainDataset(Dataset):
             pasted=key.partner >= 0,
         )
 
+    def label_of_weak_view(self, key: Key, sample: Sample) -> torch.Tensor:
+        """uint8 (S, S): the label of `sample`, seen like the weak view of the same image at `key.unlabeled`.
+
+        For pictures and statistics of labelled images that stand among the unlabelled ones; no step sees it.
+        """
+        with self.source.open_image(sample.image) as image, self.source.open_label(sample.label) as label:
+            own = self._draw(key, 0, *decoded_size(image))
+            _, label = self.source.decode_pair(sample, image, label, own.rows)
+        return torch.from_numpy(
+            crop_pixels(label, own.geometry, self.crop_size, IGNORE_INDEX, Image.Resampling.NEAREST)
+        )
+
     def _strong_views(
         self, weak: np.ndarray, own: ViewDraws, weak_mix: np.ndarray | None, mix: ViewDraws | None
     ) -> tuple[torch.Tensor, ...]:

@@ -310,7 +310,7 @@ def end_state(path: Path) -> dict[str, Any]:
     log = (path / LOG_FILE).read_text(encoding="utf-8")
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    curves.pop("eval/memory_gb", None)
+    curves = {tag: curve for tag, curve in curves.items() if tag != "eval/memory_gb" and not tag.startswith("machine/")}
     losses = {(epoch, iteration): values for epoch, iteration, _, values in LINE.findall(log)}
     return {**state, "losses": losses, "curves": dict(sorted(curves.items()))}
 

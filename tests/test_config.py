@@ -132,6 +132,7 @@ WRONG_TYPES = {
     "on_nonfinite": True,
     "nonfinite_limit": 1.5,
     "log_interval": None,
+    "logger": 3,
     "eval_interval": "never",
     "checkpoint_minutes": "often",
     "keep_last": "all",
@@ -141,6 +142,11 @@ WRONG_TYPES = {
 
 def test_the_table_of_wrong_types_has_every_key():
     assert list(WRONG_TYPES) == FIELDS
+
+
+def test_unknown_loggers_and_the_same_one_twice_are_refused(write):
+    assert_refused(write, "logger", ["tensorbord"], "did you mean 'tensorboard'?")
+    assert_refused(write, "logger", ["csv", "csv"], "csv is listed twice")
 
 
 @pytest.mark.parametrize("key", FIELDS)
@@ -612,6 +618,7 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
         "on_nonfinite": "skip",
         "nonfinite_limit": 4,
         "log_interval": 7,
+        "logger": ["csv"],
         "eval_interval": 2,
         "channels_last": True,
         "amp": "bf16",

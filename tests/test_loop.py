@@ -85,10 +85,10 @@ def test_speed_waiting_and_time_left_follow_from_the_clock(monkeypatch):
     batches = timer.time_waits("abcd")
     assert [next(batches), next(batches)] == ["a", "b"]  # 1 to 2 and 3 to 4
     # At 5: 6 of 12 iterations are done, 2 of them in these 5 s, of which 2 were waiting; 6 are left at 2.5 s each.
-    assert timer.lap(6, images=10) == "4.0 images/s  data 40%  ETA 0:00:15"
+    assert str(timer.lap(6, images=10)) == "4.0 images/s  data 40%  ETA 0:00:15"
     assert list(batches) == ["c", "d"]  # 6 to 7, 8 to 9, and a last look at 10
     # At 11: 2 iterations in 6 s; 4 are left at 11 / 4 s each.
-    assert timer.lap(8, images=10) == "3.3 images/s  data 33%  ETA 0:00:11"
+    assert str(timer.lap(8, images=10)) == "3.3 images/s  data 33%  ETA 0:00:11"
 
 
 class _Terminal(io.StringIO):

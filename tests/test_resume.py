@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyData]:
     root = tmp_path_factory.mktemp("resume")
     data = make_dataset(root / "data")
-    data.configure(epochs=2, conf_thresh=0.4, scale_lr=True, reference_batch=2)
+    data.configure(epochs=2, conf_thresh=0.4, scale_lr=True, reference_batch=2, logger=["tensorboard", "csv"])
     yield data
     shutil.rmtree(root)  # checkpoints are large
 
@@ -88,8 +88,13 @@ def interrupted(killed: Path, tmp_path: Path) -> Iterator[Path]:
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(path)).Reload()
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    del curves["eval/memory_gb"]
-    return curves
+    return {tag: points for tag, points in curves.items() if tag != "eval/memory_gb" and not tag.startswith("machine/")}
+
+
+def _rows(path: Path) -> list[str]:
+    """The lines of the CSV file, of which those about the machine have no values."""
+    lines = (path / "metrics.csv").read_text().splitlines()
+    return [line if ",machine/" not in line and "memory" not in line else line.rpartition(",")[0] for line in lines]
 
 
 def _content(path: Path) -> dict[str, tuple[int, int]]:
@@ -126,6 +131,7 @@ def test_the_curves_of_a_continued_run_are_those_of_one_that_was_not_interrupted
     unimatch.main(data.arguments(interrupted))
     assert len(list(interrupted.glob("events.out.tfevents.*"))) == 2
     assert _curves(interrupted) == _curves(whole)
+    assert _rows(interrupted) == _rows(whole) and len(_rows(whole)) > 60
 
 
 def test_a_continued_run_says_where_it_stands_and_keeps_the_log(data, interrupted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -89,7 +90,10 @@ def _config(data: TinyData, method: str):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_checkpoints_log_config_and_curves(data, runs, method):
     names = sorted(re.sub(r"tfevents\..*", "tfevents", path.name) for path in runs[method].iterdir())
-    assert names == ["best.pth", "config.yaml", "events.out.tfevents", "latest.pth", "previous.pth", "train.log"]
+    events, *others = sorted(names, key=lambda name: name != "events.out.tfevents")
+    assert [events, *others] == [
+        "events.out.tfevents", "best.pth", "config.yaml", "latest.pth", "previous.pth", "run.json", "train.log",
+    ]  # fmt: skip
     assert load_config(runs[method] / "config.yaml") == _config(data, method)
 
 
@@ -146,7 +150,7 @@ def test_the_curves_have_the_names_of_the_release(runs, method):
     own = {"unimatch": {"loss_s", "loss_w_fp", "mask_ratio"}, "fixmatch": {"loss_s", "mask_ratio"}, "supervised": set()}
     curves = _curves(runs[method])
     assert {tag for tag in curves if tag.startswith("train/")} == {
-        f"train/{name}" for name in {"loss_all", "loss_x", "lr"} | own[method]
+        f"train/{name}" for name in {"loss_all", "loss_x", "lr", "lr_head"} | own[method]
     }
     total = EPOCHS * ITERATIONS[method]
     for tag, points in curves.items():
@@ -154,6 +158,13 @@ def test_the_curves_have_the_names_of_the_release(runs, method):
             assert [step for step, _ in points] == list(range(total))
     assert [step + 1 for step, _ in curves["eval/mIoU"]] == [ITERATIONS[method] * epoch for epoch in (1, 2)]
     assert sum(tag.startswith("eval/class") for tag in curves) == 3
+    assert {f"machine/{name}" for name in ("images_per_second", "data_wait", "memory_gb")} < set(curves)
+    assert [value for _, value in curves["eval/best_mIoU"]] == list(
+        itertools.accumulate((value for _, value in curves["eval/mIoU"]), max)
+    )
+    assert sum(
+        value for tag, ((_, value), *_) in curves.items() if tag.startswith("predicted_share/")
+    ) == pytest.approx(1)
     assert [lr for _, lr in curves["train/lr"]] == pytest.approx([poly_lr(0.001, i, total) for i in range(total)])
 
 

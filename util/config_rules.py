@@ -50,6 +50,8 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
         )
     if cfg.compile and cfg.checkpoint_activations != "none":
         fail("compile", "the compiler chooses by itself what to compute again: set checkpoint_activations: none")
+    if twice := next((name for name in cfg.logger if cfg.logger.count(name) > 1), None):
+        fail("logger", f"{twice} is listed twice")
     if len(set(cfg.classes)) != len(cfg.classes):
         twice = next(name for name in cfg.classes if cfg.classes.count(name) > 1)
         fail("classes", f"'{twice}' is listed twice")

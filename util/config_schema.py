@@ -16,6 +16,7 @@ from util.errors import ConfigError, quoted, suggest
 
 EvalMode = Literal["original", "sliding_window", "center_crop"]
 EVAL_MODES = typing.get_args(EvalMode)
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "csv"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,10 @@ class Config:
     )
     nonfinite_limit: int = _setting("undone steps before the run stops after all", 10, minimum=1)
     log_interval: int = _setting("iterations between two lines of the log", 50, minimum=1)
+    logger: tuple[LoggerName, ...] = _setting(
+        "where curves and pictures go: any of tensorboard, wandb, mlflow (their packages are needed) and csv",
+        ("tensorboard",),
+    )
     eval_interval: int = _setting("epochs between two evaluations", 1, minimum=1)
     checkpoint_minutes: float = _setting(
         "minutes between two checkpoints within an epoch; 0: only after epochs", 15.0, minimum=0

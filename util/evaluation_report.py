@@ -26,10 +26,9 @@ from util.outputs import MARK, TABLE_HEADER, save_picture, writing
 from util.plots import calibration_chart, class_chart, confusion_chart, contact_sheet
 from util.prediction import overlay
 from util.trained import Trained
-from util.visualize import full_palette
+from util.visualize import errors, full_palette
 
 FILES = ("metrics.json", "classes.csv", "classes.png", "confusion.png", "calibration.png", "worst.png")
-WRONG, RIGHT = (213, 94, 0), (86, 180, 233)  # vermilion and sky blue: apart with every kind of colour vision
 
 
 class View(NamedTuple):
@@ -157,14 +156,6 @@ class Report:
             cells.append((f"{miou:.1f}  {Path(self.samples[number].image).name}", pictures))
         titles = ("input", "truth", "prediction", "wrong: orange")
         return contact_sheet(cells, titles, self.trained.cfg.classes, palette, sorted(map(int, present)), across=1)
-
-
-def errors(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The image in grey, with wrong pixels in vermilion and right ones in sky blue; ignored ones stay grey."""
-    grey = image.mean(axis=2, keepdims=True)
-    colour = np.where((label == classes)[..., None], RIGHT, WRONG)
-    mixed = np.where((label == IGNORE_INDEX)[..., None], grey, 0.4 * grey + 0.6 * colour)
-    return np.broadcast_to(mixed, image.shape).round().astype(np.uint8)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run tells: lines on screen and in `train.log`, a progress bar on a terminal, curves in TensorBoard.
+"""What a run tells: lines on screen and in `train.log`, a progress bar on a terminal, curves and pictures to loggers.
 
 Every process has a log; that of the main process writes, the others' are mute.
 """
@@ -9,34 +9,56 @@ import contextlib
 import resource
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from PIL import Image
 from tqdm import tqdm
 
-from util.errors import SavePathError
+from util.errors import SavePathError, one_line
 from util.lock import check_lock
+from util.loggers import Logger, Place, open_logger
 from util.run_files import LOG_FILE
 
 
 class RunLog:
-    """Lines, bars and curves of one run in `save_path`; mute unless `active`. Use it as a context manager."""
+    """Lines, bars and curves of one run in `save_path`; mute unless `active`. Use it as a context manager.
 
-    def __init__(self, save_path: Path, active: bool, first_step: int = 0) -> None:
+    `loggers` are names of util/loggers.py, which get the curves and pictures; `hyperparameters` head them.
+    """
+
+    def __init__(
+        self,
+        save_path: Path,
+        active: bool,
+        first_step: int = 0,
+        loggers: Sequence[str] = ("tensorboard",),
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
         self.active = active
         self._folder = save_path
         self.interactive = active and sys.stderr.isatty()
+        self._loggers: list[Logger] = []
         if not active:
             return
         with self._writing(LOG_FILE):
             self._file = open(save_path / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        with self._writing("TensorBoard's file"):
-            # Curves of an interrupted run: what it wrote from `first_step` on, beyond its checkpoint, is hidden.
-            self._writer = SummaryWriter(str(save_path), purge_step=first_step)
         threading.excepthook = _leave_writing_to_us
+        try:
+            for name in loggers:
+                with self._writing(f"the file of logger {name}"):
+                    self._loggers.append(open_logger(name, Place(save_path, first_step, hyperparameters or {})))
+        except Exception as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    @property
+    def has_loggers(self) -> bool:
+        """Whether anybody gets curves and pictures here."""
+        return bool(self._loggers)
 
     def __enter__(self) -> RunLog:
         return self
@@ -45,9 +67,10 @@ class RunLog:
         if error is not None:  # the entry script tells it on screen
             self.stopped(str(error) or kind.__name__)
         if self.active:
-            with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            refused = (OSError, SavePathError)
+            with contextlib.suppress(*refused) if error is not None else contextlib.nullcontext():
+                self._to_all(lambda logger: logger.close(failed=error is not None))
                 self._file.close()
-                self._writer.close()
 
     def stopped(self, reason: str) -> None:
         """Keep the reason why the run ends, in the file; where the disk is full it goes on screen only."""
@@ -63,13 +86,34 @@ class RunLog:
         self._write(text, on_screen=not self.interactive)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Points of TensorBoard curves, on their way to the disk at once: a run that is killed has them."""
-        if self.active:
+        """Points of curves, on their way to the disk at once: a run that is killed has them."""
+        if self._loggers:
             check_lock(self._folder)
-            with self._writing("TensorBoard's file"):
-                for tag, value in values.items():
-                    self._writer.add_scalar(tag.encode("utf-8", "backslashreplace").decode(), value, step)
-                self._writer.flush()
+            self._to_all(lambda logger: logger.scalars(values, step))
+
+    def pictures(self, pictures: Mapping[str, Image.Image], step: int) -> None:
+        """RGB pictures by name."""
+        if self._loggers:
+            check_lock(self._folder)
+            self._to_all(lambda logger: logger.pictures(pictures, step))
+
+    def finish(self) -> None:
+        """Say that the run came to its end."""
+        self._to_all(lambda logger: logger.finish())
+
+    def _to_all(self, call: Callable[[Logger], None]) -> None:
+        """Hand on to every logger. One whose server fails is left out from then on: training is worth more."""
+        for logger in list(self._loggers):
+            if not logger.remote:
+                with self._writing(logger.name):
+                    call(logger)
+                continue
+            try:
+                call(logger)
+            except Exception as error:  # whatever the network or the server is about
+                self._loggers.remove(logger)
+                reason = one_line(error) or type(error).__name__
+                self.info(f"warning: {logger.name}: {reason}: this run sends nothing more there")
 
     def bar(self, total: int, title: str) -> tqdm:
         """A progress bar over an epoch's iterations; invisible unless on a terminal."""
@@ -103,11 +147,15 @@ def _leave_writing_to_us(fault: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(fault)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB (1e9 bytes): of tensors on a GPU since the last call, else of this process so far."""
+def peak_memory_gb(device: torch.device, anew: bool = True) -> float:
+    """Peak memory in GB (1e9 bytes): of tensors on a GPU since the last call with `anew`, else of this process so far.
+
+    The host does not wait for the GPU.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        if anew:
+            torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -51,10 +51,12 @@ from util.init_from import check_start, load_start
 from util.lists import Lists, describe_doubts, find_lists, identify
 from util.lock import locked
 from util.log import RunLog
+from util.loggers import check_loggers
 from util.outputs import identity
 from util.precision import check_precision, describe_precision, set_precision
 from util.resume import Found, find_checkpoint
 from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS
+from util.run_info import hyperparameters, write_info
 from util.schedule import build_optimizer
 from util.signals import outside_training
 from util.teacher import Teacher
@@ -177,6 +179,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
         save_path, found = Path(args.save_path), Found(None)
         if processes.is_main:
+            check_loggers(cfg.logger)
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))
         if args.resume == "auto":
@@ -192,15 +195,19 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
                 notes.append(f"earlier results were moved to {aside}")
             tidy(save_path, found.damaged)
         cache = stack.enter_context(_open_cache(cfg, save_path))
-        log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step))
+        lr = (
+            cfg.lr * cfg.batch_size * cfg.accumulate * processes.count / cfg.reference_batch if cfg.scale_lr else cfg.lr
+        )
+        told = hyperparameters(method, cfg, processes.count, lr)
+        log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step, cfg.logger, told))
         stack.enter_context(process_group(processes, device, cfg.dist_timeout, log.stopped))
         own_config = identity(save_path / CONFIG_FILE)  # which may be the one that was given: then it stays as it is
         if processes.is_main and (own_config is None or own_config != identity(resolve_path(args.config))):
             with writing(save_path / CONFIG_FILE) as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
-        lr = (
-            cfg.lr * cfg.batch_size * cfg.accumulate * processes.count / cfg.reference_batch if cfg.scale_lr else cfg.lr
-        )
+        if processes.is_main:
+            paths = {"labeled_id_path": args.labeled_id_path, "unlabeled_id_path": args.unlabeled_id_path}
+            write_info(save_path, {"method": method, **paths, "processes": processes.count, "device": device.type})
         run = Run(method, cfg, lr, lists, save_path, found.path, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from dataset.colors import IGNORED_COLOUR
 from dataset.files import IGNORE_INDEX
 
-GAP = 4  # pixels between the pictures of a panel
+GAP, TITLE = 4, 16  # pixels between the pictures of a panel, and for the titles above them
+WRONG, RIGHT = (213, 94, 0), (86, 180, 233)  # vermilion and sky blue: apart with every kind of colour vision
 
 
 def colorize(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
@@ -29,12 +30,23 @@ def full_palette(palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
     return colours
 
 
-def panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures in rows and columns on white, each column as wide and each row as high as its largest picture."""
-    widths = [max(image.width for image in column) for column in zip(*rows, strict=True)]
+def panel(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = ()) -> Image.Image:
+    """Pictures in rows and columns on white, each column as wide and each row as high as its largest picture.
+
+    `titles` head the columns, if there are any.
+    """
+    font, top = ImageFont.load_default(), TITLE if titles else 0
+    lengths = [math.ceil(font.getlength(title)) for title in titles] or [0] * len(rows[0])
+    widths = [
+        max(length, *(image.width for image in column))
+        for length, column in zip(lengths, zip(*rows, strict=True), strict=True)
+    ]
     heights = [max(image.height for image in row) for row in rows]
-    sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(heights) + 1)), "white")
-    y = GAP
+    size = (sum(widths) + GAP * (len(widths) + 1), top + sum(heights) + GAP * (len(heights) + 1))
+    sheet, y = Image.new("RGB", size, "white"), GAP + top
+    for index, title in enumerate(titles):
+        x = sum(widths[:index]) + GAP * (index + 1)
+        ImageDraw.Draw(sheet).text((x, 3), title, "black", font)
     for row, height in zip(rows, heights, strict=True):
         x = GAP
         for image, width in zip(row, widths, strict=True):
@@ -42,6 +54,14 @@ def panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             x += width + GAP
         y += height + GAP
     return sheet
+
+
+def errors(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The image in grey, with wrong pixels in vermilion and right ones in sky blue; ignored ones stay grey."""
+    grey = image.mean(axis=2, keepdims=True)
+    colour = np.where((label == classes)[..., None], RIGHT, WRONG)
+    mixed = np.where((label == IGNORE_INDEX)[..., None], grey, 0.4 * grey + 0.6 * colour)
+    return np.broadcast_to(mixed, image.shape).round().astype(np.uint8)
 
 
 def share_chart(classes: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Image.Image:

@@ -18,6 +18,7 @@ from util.backends import without_benchmark
 from util.distributed.ddp import unwrap
 from util.evaluate import Result, evaluate
 from util.log import peak_memory_gb
+from util.loggers import BEST_MIOU
 from util.metrics import iou_table
 from util.precision import evaluation_copy
 from util.run import Run
@@ -27,6 +28,7 @@ from util.signals import StopSignals
 from util.teacher import Teacher
 from util.train.bad_images import BadImages
 from util.train.clock import Clock
+from util.train.monitor import Monitor
 from util.train.optimizer_step import OptimizerStep, TrainStep
 from util.train.progress import Progress
 from util.train.saving import Saver, check_finite
@@ -53,6 +55,7 @@ def fit(
     cfg, log, signals = run.cfg, run.log, StopSignals()
     trainer = Trainer(run, OptimizerStep(run, model, optimizer, train_step, teacher), loader, signals)
     progress, saver = trainer.progress, trainer.saver
+    monitor, started_at = Monitor(run, loader.dataset, val_loader.dataset), progress.epoch
     with signals:
         while progress.epoch < cfg.epochs:
             trainer.train_epoch()
@@ -70,7 +73,11 @@ def fit(
             improved = progress.finish_epoch(first.miou if first is not None else None)
             if results:
                 _log_evaluation(run, progress, results, time.perf_counter() - started)
+                network = teacher.model if "teacher" in results else unwrap(model)
+                monitor.report(teacher.model if teacher else unwrap(model), network, progress.iteration - 1)
             saver.save_epoch(improved)
+    if progress.epoch > started_at:
+        log.finish()
     log.info(
         f"finished: mIoU {progress.last_miou:.2f} at the last epoch, best {progress.previous_best:.2f} at epoch "
         f"{progress.best_epoch} ({run.save_path / BEST})"
@@ -128,16 +135,19 @@ class Trainer:
         if self._bad_images:
             self._bad_images.report()
         speed = self._clock.lap(progress.iteration, run.images_per_step)
-        lr = self._step.optimizer.param_groups[0]["lr"]
+        rates = [group["lr"] for group in self._step.optimizer.param_groups]
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         bar.set_postfix_str(f"{values}  {speed}")
         run.log.progress(
             f"epoch {progress.epoch + 1}/{run.cfg.epochs}  iteration {position}/{progress.steps}  {values}  "
-            f"lr {lr:.3g}  {speed}"
+            f"lr {rates[0]:.3g}  {speed}"
         )
         last = progress.iteration - 1  # curves count steps from 0
-        run.log.scalars({f"train/{CURVES.get(name, name)}": value for name, value in means.items()}, last)
-        run.log.scalars({"train/lr": lr}, last)
+        curves = {f"train/{CURVES.get(name, name)}": value for name, value in means.items()}
+        curves |= dict(zip(("train/lr", "train/lr_head"), rates, strict=False))
+        curves |= {"machine/images_per_second": speed.speed, "machine/data_wait": speed.waiting}
+        curves["machine/memory_gb"] = peak_memory_gb(run.device, anew=False)
+        run.log.scalars(curves, last)
 
 
 def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
@@ -167,7 +177,7 @@ def _log_evaluation(run: Run, progress: Progress, results: dict[str, Result], se
             text += f"\n  best {progress.previous_best:.2f} at epoch {progress.best_epoch}; peak memory {memory:.2f} GB"
         log.info(text)
         prefix = "eval" if number == 0 else f"eval_{name}"
-        log.scalars({f"{prefix}/mIoU": result.miou}, last)
         per_class = zip(cfg.classes, result.iou.tolist(), strict=True)
-        log.scalars({f"{prefix}/{label}_IoU": value for label, value in per_class if not math.isnan(value)}, last)
-    log.scalars({"eval/memory_gb": memory}, last)
+        curves = {f"{prefix}/{label}_IoU": value for label, value in per_class if not math.isnan(value)}
+        log.scalars({f"{prefix}/mIoU": result.miou, **curves}, last)
+    log.scalars({BEST_MIOU: progress.previous_best, "eval/memory_gb": memory}, last)

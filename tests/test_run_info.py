@@ -1,0 +1,32 @@
+"""util/run_info.py: how a run was started is kept, and what heads it in the loggers is plain."""
+
+from __future__ import annotations
+
+import pytest
+
+from util.config import load_config
+from util.run_info import hyperparameters, read_info, write_info
+
+
+def test_what_was_written_is_read_with_the_versions(tmp_path):
+    write_info(tmp_path, {"method": "unimatch", "unlabeled_id_path": None})
+    values = read_info(tmp_path)
+    assert values["method"] == "unimatch" and values["unlabeled_id_path"] is None
+    assert values["torch"] and values["machine"]
+    write_info(tmp_path, {"method": "fixmatch"})
+    assert read_info(tmp_path)["method"] == "fixmatch"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"\xff{"])
+def test_a_file_that_is_missing_or_of_somebody_else_says_nothing(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    assert read_info(tmp_path) == {}
+
+
+def test_hyperparameters_are_the_config_without_long_lists(data):
+    values = hyperparameters("unimatch", load_config(data.config), 4, 0.5)
+    assert (values["method"], values["processes"], values["scaled_lr"]) == ("unimatch", 4, 0.5)
+    assert values["criterion"] == "CELoss" and values["crop_size"] == 32
+    assert not {"classes", "palette", "label_map"} & set(values)

@@ -1,0 +1,44 @@
+"""How a run was started, in a file of its save path, from which `scripts.report` gives the command that repeats it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from util.checkpoint import writing
+from util.config import Config
+from util.run_files import INFO_FILE
+
+
+def write_info(save_path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values`, and the versions and machine, over what an earlier start wrote. Raises CheckpointError."""
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": _machine()}
+    with writing(save_path / INFO_FILE) as temporary:
+        temporary.write_text(json.dumps({**values, **machine}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_info(save_path: Path) -> dict[str, Any]:
+    """What `write_info` wrote; empty for a run of an earlier version, or where the file is none of ours."""
+    try:
+        values = json.loads((save_path / INFO_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def hyperparameters(method: str, cfg: Config, processes: int, lr: float) -> dict[str, Any]:
+    """What heads a run in the loggers: its config, and what follows from it and the processes."""
+    left_out = ("classes", "palette", "logger")
+    values = {key: value for key, value in vars(cfg).items() if value is not None and key not in left_out}
+    return {**values, "criterion": cfg.criterion.name, "method": method, "processes": processes, "scaled_lr": lr}
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
