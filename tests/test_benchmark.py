@@ -20,7 +20,7 @@ def tiny_inputs(root: Path, rounds: int) -> Inputs:
     """Small images, crops, losses and a small model, so that a run takes seconds."""
     sizes = ((PASCAL, (60, 48)), (CITYSCAPES, (80, 40)))
     kinds = [replace(kind, size=size, count=4, crop=32).write(root) for kind, size in sizes]
-    return Inputs(root, kinds, rounds, backbone="resnet18", crop=33, loss_size=81)
+    return Inputs(root, kinds, rounds, backbone="resnet18", crop=33, crop_v2=42, loss_size=81)
 
 
 def test_every_group_is_measured_and_what_must_be_equal_is(monkeypatch, tmp_path, capsys):
@@ -37,7 +37,8 @@ def test_every_group_is_measured_and_what_must_be_equal_is(monkeypatch, tmp_path
     labeled = rows["labelled sample, pascal"]["equality"]
     assert labeled == "labels equal, 0.00% of pixels off by <= 0"  # such small pictures are resized whole
     assert rows["UniMatch's unlabelled sample, pascal, as it is sent"]["ratio"] > 3
-    assert float(rows["UniMatch step, resnet18, crop 33, float32"]["equality"].split(" by ")[1].split()[0]) < 1e-10
+    for name in ("UniMatch step, resnet18, crop 33, float32", "UniMatch V2 step, dinov2_small, crop 42, float32"):
+        assert float(rows[name]["equality"].split(" by ")[1].split()[0]) < 1e-10
 
 
 def test_a_comparison_that_fails_is_told(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from scripts.benchmark.inputs import write_inputs
 from scripts.benchmark.loss import measure_loss
 from scripts.benchmark.rows import line
 from scripts.benchmark.step import measure_step
+from scripts.benchmark.step_v2 import measure_step_v2
 from util.cli import run_main
 from util.outputs import MARK, check_suffix, check_targets, replacing
 
@@ -37,6 +38,7 @@ GROUPS = {
     "loader": measure_loader,
     "loss": measure_loss,
     "step": measure_step,
+    "step_v2": measure_step_v2,
     "evaluate": measure_evaluate,
     "startup": measure_startup,
 }

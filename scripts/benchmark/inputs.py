@@ -53,6 +53,8 @@ class Inputs:
     rounds: int
     backbone: str = "resnet50"
     crop: int = 321
+    backbone_v2: str = "dinov2_small"
+    crop_v2: int = 518
     loss_size: int = 801  # height and width of the logits
 
 

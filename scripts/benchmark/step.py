@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import itertools
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +15,9 @@ from dataset.transform import box_mask, draw_cutmix_box
 from dataset.views import Partner, UnlabeledViews
 from scripts.benchmark import naive
 from scripts.benchmark.inputs import Inputs, noise_images
+from scripts.benchmark.memory import peak_memory
 from scripts.benchmark.model import make_model, make_naive_model
 from scripts.benchmark.rows import Row, alternate, relative_difference
-from util.config import PROJECT_ROOT
 from util.losses import CrossEntropy
 from util.schedule import build_optimizer
 
@@ -52,7 +46,7 @@ def measure_step(inputs: Inputs) -> Iterator[Row]:
         times = alternate(naive_step, our_step, inputs.rounds)
         equality = exact if "amp" not in options else "16-bit forward passes, by choice"
         yield Row(f"UniMatch step, {backbone}, crop {crop}, {title}", *times, "s", equality)
-    peaks = {way: _memory_of(way, backbone, crop) for way in MEMORY_WAYS}
+    peaks = {way: peak_memory(prepare_step, way, backbone, crop) for way in MEMORY_WAYS}
     for way, peak in peaks.items():
         if way != "naive":
             yield Row(f"peak memory of the step, {way}", [peaks["naive"]], [peak], "GB", exact)
@@ -80,14 +74,14 @@ def _packed(batch: Any) -> Any:
     return labeled, naive.paste_partner(u, u_mix), Partner(u_mix.weak[used], u_mix.ignore_mask, used)
 
 
-def _naive_stepper(model: nn.Module) -> Callable[[Any], None]:
+def _naive_stepper(model: nn.Module, threshold: float = 0.95) -> Callable[[Any], None]:
     """A function that does a whole training step on a batch, the naive way."""
-    return _stepper(model, lambda batch: naive.unimatch_step(model, batch, naive.cross_entropy, 0.95))
+    return _stepper(model, lambda batch: naive.unimatch_step(model, batch, naive.cross_entropy, threshold))
 
 
-def _our_stepper(model: nn.Module) -> Callable[[Any], None]:
+def _our_stepper(model: nn.Module, threshold: float = 0.95) -> Callable[[Any], None]:
     """A function that does a whole training step on a packed batch, our way."""
-    return _stepper(model, lambda batch: unimatch_step(model, batch, CrossEntropy(), 0.95, torch.Tensor.backward))
+    return _stepper(model, lambda batch: unimatch_step(model, batch, CrossEntropy(), threshold, torch.Tensor.backward))
 
 
 def _stepper(model: nn.Module, compute_gradients: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -116,42 +110,16 @@ def _gradient_difference(backbone: str) -> str:
         (make_model, _our_stepper, _packed(batch)),
     ):
         model = make(backbone, 65).double()
-        stepper(model)(ready)
+        stepper(model, threshold=0.0)(ready)  # all pixels count
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     return f"gradients in float64 {relative_difference(*gradients)}"
 
 
-def _memory_of(way: str, backbone: str, crop: int) -> float:
-    """Peak of a step above the loaded model in GB, measured in a process of its own."""
-    # Freed memory goes back to the system at once, so that the resident set is what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    arguments = (way, backbone, crop, torch.get_num_threads())
-    command = [sys.executable, "-c", f"from scripts.benchmark import step; print(step.peak_memory{arguments})"]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def peak_memory(way: str, backbone: str, crop: int, threads: int) -> float:
-    """Peak resident memory in GB of the second step of `way` above that of the loaded model with its momentum."""
-    torch.set_num_threads(threads)
+def prepare_step(way: str, backbone: str, crop: int) -> tuple[nn.Module, Callable[[], None]]:
+    """The model of one of MEMORY_WAYS, and what does a step with it."""
     options, batch = MEMORY_WAYS[way], _naive_batch(1, crop)
     if options is None:
         model = make_naive_model(backbone, crop)
-        step = _naive_stepper(model)
-    else:
-        model, batch = make_model(backbone, crop, **options), _packed(batch)
-        step = _our_stepper(model)
-    step(batch)  # the momentum buffers, and what libraries keep from their first call
-    for parameter in model.parameters():
-        parameter.grad = None
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
-    step(batch)
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> float:
-    """This process's resident memory, now (VmRSS) or at its peak (VmHWM), in GB."""
-    kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(kilobytes[1]) * 1024 / 1e9
+        return model, _endless([batch], _naive_stepper(model))
+    model = make_model(backbone, crop, **options)
+    return model, _endless([_packed(batch)], _our_stepper(model))
