@@ -122,7 +122,7 @@ def decode_image(opened: Image.Image | np.ndarray, rows: int | None = None) -> I
         return opened
     with errors_named(opened.filename, "image"):
         # PNG stays with Pillow: torchvision's decoder takes the whole process down at a damaged file.
-        decode = _jpeg_decoder() if opened.format == "JPEG" and opened.mode == "RGB" else None
+        decode = jpeg_decoder() if opened.format == "JPEG" and opened.mode == "RGB" else None
         if decode is not None:
             with contextlib.suppress(RuntimeError):  # a damaged file: Pillow's message says what is wrong with it
                 return decode(np.fromfile(opened.filename, np.uint8))
@@ -211,7 +211,7 @@ def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.
 
 
 @functools.cache
-def _jpeg_decoder() -> Callable[[np.ndarray], np.ndarray] | None:
+def jpeg_decoder() -> Callable[[np.ndarray], np.ndarray] | None:
     """torchvision's JPEG decoder, from a file's bytes to (H, W, 3), if it gives Pillow's values here, else None.
 
     Each carries a libjpeg of its own, which may differ; torchvision may come without one, and is to lose it.

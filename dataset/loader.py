@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.files import image_pixel_limit, limit_image_pixels
+from dataset.files import image_pixel_limit, jpeg_decoder, limit_image_pixels
 from dataset.handover import CHECK, HandingLoader, give_up_where_nothing_can_be_handed_over
 from dataset.lists import Sample
 from dataset.packing import collate
@@ -34,6 +34,7 @@ class LoaderOptions(NamedTuple):
         """A DataLoader of `dataset` that works so."""
         if self.workers:  # torch refuses these for a loader that works in the training process
             arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent, "timeout": CHECK}
+            jpeg_decoder()  # its library takes seconds to import: forked processes have it from here
         start = partial(_start_worker, image_pixel_limit())
         return kind(dataset, num_workers=self.workers, pin_memory=self.pin_memory, worker_init_fn=start, **arguments)
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional as F
+from PIL import Image, ImageEnhance, ImageFilter
 
 from dataset.files import IGNORE_INDEX
 from dataset.resize import picture_size, resize_bilinear, resize_nearest, resized_size, source_rows
@@ -133,7 +132,7 @@ def draw_photometry(rng: np.random.Generator) -> Photometry:
 
 
 def apply_photometry(image: Image.Image, photometry: Photometry, box: Box | None = None) -> Image.Image:
-    """The strong view of an 8-bit RGB Pillow image; the operations are torchvision's and Pillow's on 8-bit values.
+    """The strong view of an 8-bit RGB Pillow image, by Pillow's operations on 8-bit values.
 
     With `box`, the part of it inside the box, which costs less: all that is needed of a CutMix partner.
     """
@@ -148,7 +147,7 @@ def apply_photometry(image: Image.Image, photometry: Photometry, box: Box | None
     right, bottom = min(box.x + box.width + reach, image.width), min(box.y + box.height + reach, image.height)
     image = _adjust(image.crop((left, top, right, bottom)), photometry.jitter[whole:])
     if photometry.grey:
-        image = F.rgb_to_grayscale(image, num_output_channels=3)
+        image = image.convert("L").convert("RGB")
     if photometry.blur_radius is not None:
         image = image.filter(ImageFilter.GaussianBlur(photometry.blur_radius))
     x, y = box.x - left, box.y - top
@@ -172,9 +171,23 @@ def strong_view(
     return strong
 
 
+_ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+
 def _adjust(image: Image.Image, jitter: tuple[tuple[str, float], ...]) -> Image.Image:
+    """Colour jitter as torchvision has it for Pillow images, whose import would double the time to start."""
     for name, factor in jitter:
-        image = getattr(F, f"adjust_{name}")(image, factor)
+        if name == "hue":
+            hue, saturation, value = image.convert("HSV").split()
+            shift = int(factor * 255)  # of 256 hues on a circle
+            hue = hue.point([(level + shift) % 256 for level in range(256)])
+            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        else:
+            image = _ENHANCERS[name](image).enhance(factor)
     return image
 
 

@@ -139,6 +139,15 @@ def test_the_files_of_the_project_are_found():
     assert {"util/semi.py", "util/train/loop.py", "dataset/views.py"} <= set(imports(ROOT, "unimatch.py"))
 
 
+@pytest.mark.slow
+def test_no_script_waits_for_an_import_that_takes_seconds_and_that_it_may_not_need():
+    names = [f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py") if path.stem != "check_data"]
+    slow = {"torchvision", "torch._dynamo", "matplotlib"}
+    code = f"import sys, unimatch, unimatch_v2, {', '.join(names)}; print({slow} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
 def test_ruff_finds_nothing_to_change(command):
     ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "--quiet", "."]

@@ -7,22 +7,33 @@ being `c1_channels` and `c4_channels`; DINOv2's gives the tokens after four bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from model.backbone.dinov2 import dinov2_base, dinov2_giant, dinov2_large, dinov2_small
 from model.backbone.resnet import resnet10, resnet18, resnet50, resnet101
-from model.backbone.resnet_tv import resnet50_tv, resnet101_tv
 from model.backbone.xception import xception65
+
+
+def _torchvision_resnet(name: str) -> Callable[[tuple[bool, ...]], nn.Module]:
+    """One of model/backbone/resnet_tv.py. torchvision is imported when it is built: its import takes seconds."""
+
+    def build(replace_stride_with_dilation: tuple[bool, ...]) -> nn.Module:
+        from model.backbone import resnet_tv
+
+        return getattr(resnet_tv, name)(replace_stride_with_dilation)
+
+    return build
+
 
 BACKBONES = {
     "resnet18": resnet18,
     "resnet50": resnet50,
     "resnet101": resnet101,
     "xception": xception65,
-    "resnet50_tv": resnet50_tv,
-    "resnet101_tv": resnet101_tv,
+    "resnet50_tv": _torchvision_resnet("resnet50_tv"),
+    "resnet101_tv": _torchvision_resnet("resnet101_tv"),
     "resnet10": resnet10,
 }
 DINOV2_BACKBONES = {
