@@ -12,7 +12,11 @@ import torch
 from torch import nn
 
 import supervised
-from tests.helpers import make_dataset
+import unimatch
+import unimatch_v2
+from dataset.catalog import CATALOG
+from dataset.lists import read_list
+from tests.helpers import PROJECT_ROOT, make_dataset, photo, save
 from util.config import Config, to_dict
 from util.release import adopt, is_release, without_frozen
 from util.schedule import build_optimizer
@@ -46,6 +50,53 @@ def test_a_run_of_the_release_goes_on_at_its_next_epoch_to_the_same_end(tmp_path
         assert torch.equal(values["momentum_buffer"], continued["optimizer"]["state"][number]["momentum_buffer"])
     for folder in (tmp_path / "whole", path):
         shutil.rmtree(folder)
+
+
+# Of each of the release's files: the method, the split whose files are made small, and what makes the run quick.
+RECIPES = {
+    "pascal": (unimatch, "92", {"backbone": "resnet10", "crop_size": 33}),
+    "cityscapes": (unimatch, "1_16", {"backbone": "resnet10", "crop_size": 33}),
+    "coco": (unimatch, "1_512", {"crop_size": 33}),
+    "v2_pascal": (unimatch_v2, "92", {"crop_size": 28, "batch_size": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_releases_files_train_for_an_epoch_on_miniatures_of_their_data(name, tmp_path, capsys):
+    """The YAML files as they are written for those programs, but for data_root, and files named as in the splits."""
+    method, split, changes = RECIPES[name]
+    info, root = CATALOG[name.removeprefix("v2_")], tmp_path / "data"
+    splits = PROJECT_ROOT / "splits" / info.name
+    lists = {"labeled": read_list(splits / split / "labeled.txt")[:4], "val": read_list(splits / "val.txt")[:2]}
+    rng = np.random.default_rng(0)
+    for kind, samples in lists.items():
+        for index, sample in enumerate(samples):
+            save(root / sample.image, photo(seed=index, size=(40, 34)))
+            save(root / sample.label, rng.integers(0, len(info.classes), (34, 40), dtype=np.uint8))
+        lines = [f"{sample.image} {sample.label}" for sample in samples]
+        (tmp_path / f"{kind}.txt").write_text("\n".join(lines))
+    first = lists["labeled"][0].image
+    pool = [f"{first.rpartition('/')[0]}/unlabelled{index}{first[-4:]}" for index in range(4)]
+    for index, image in enumerate(pool):
+        save(root / image, photo(seed=9 + index, size=(40, 34)))
+    (tmp_path / "pool.txt").write_text("\n".join(pool))
+    config = tmp_path / "release.yaml"
+    text = (PROJECT_ROOT / f"tests/reference/release_configs/{name}.yaml").read_text()
+    config.write_text(re.sub(r"(?m)^data_root: .*$", f"data_root: {root}", text))
+
+    arguments = ["--config", str(config), "--labeled-id-path", str(tmp_path / "labeled.txt")]
+    if info.unlabeled != "train2017":  # COCO's is a folder of the data, and the default
+        arguments += ["--unlabeled-id-path", str(tmp_path / "pool.txt")]
+    changes = changes | {"epochs": 1, "pretrained": "false", "workers": 0, "device": "cpu"}
+    changes["val_id_path"] = tmp_path / "val.txt"
+    settings = [f"{key}={value}" for key, value in changes.items()]
+    method.main([*arguments, "--save-path", str(tmp_path / "run"), "--set", *settings])
+    printed = capsys.readouterr().out
+    assert f"4 labelled, 2 validation, 4 unlabelled images, {len(info.classes)} classes" in printed
+    state = torch.load(tmp_path / "run/latest.pth", weights_only=True)
+    assert state["epoch"] == 1 and state["config"]["eval_mode"] == info.eval_mode
+    shutil.rmtree(tmp_path / "run")
 
 
 class _Net(nn.Module):

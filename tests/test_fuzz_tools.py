@@ -1,0 +1,176 @@
+"""Random arguments for every tool: no file that was there ever changes, and every error is one line.
+
+The examples are the same in every run; `FUZZ=long` in the environment tries many more, others each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset.prepare import toy
+from model import build_model
+from tests.helpers import make_dataset
+from util.cli import run_main
+from util.config import load_config, to_dict
+from util.visualize import colorize
+
+LONG = os.environ.get("FUZZ") == "long"
+EXAMPLES = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": not LONG}
+
+FILES = ("config.yaml", "val.txt", "labeled.txt", "images/val0.jpg", "labels/val0.png", "model.pth", "mine/report.txt")
+FOLDERS = (".", "images", "labels", "mine", "link", "voc", "lists", "new", "new/deep")
+OUTPUTS = ("new/p.png", "new/p.jpg", "new/p.json", "new/p.pth", "images/p.png", "hard.png", "soft.png", "mine/toy.png")
+PLACES = st.sampled_from([*FILES, *FOLDERS, *OUTPUTS, "missing"])
+
+# Each tool's arguments: (option, its usual value); an option without one gets a place only sometimes.
+TOOLS = {
+    "make_splits": [("--images", "images"), ("--labels", "labels"), ("--output", "new"), ("--data-root", None)],
+    "make_toy": [("--root", "new"), ("--preview", None)],
+    "check_data": [
+        *(("--config", "config.yaml"), ("--labeled-id-path", None), ("--unlabeled-id-path", None), ("--output", "new")),
+    ],
+    "prepare_data": [("", "pascal"), ("--source", "voc"), ("--root", "new"), ("--splits", "lists")],
+    "convert_backbone": [("", "resnet50_tv"), ("--from", "model.pth"), ("--output", "new/p.pth")],
+    "predict": [("--checkpoint", "model.pth"), ("--images", "images"), ("--out", "new"), ("--panel", None)],
+    "evaluate": [("--checkpoint", "model.pth"), ("--config", None), ("--out", None)],
+    "make_figures": [("--out", "new"), ("--runs", None)],
+}
+NUMBERS = {
+    "make_splits": ["--val=1", "--val=0.5", "--labeled=1/2", "--seed=3"],
+    "make_toy": ["--seed=1", "--force"],
+    "check_data": ["--workers=1", "--strict", "--show=0"],
+    "prepare_data": ["--workers=1"],
+    "convert_backbone": [],
+    "predict": ["--save=overlay", "--keep-suffix", "--flip", "--colors=colorblind"],
+    "evaluate": ["--flip", "--worst=1"],
+    "make_figures": [],
+}
+
+
+@st.composite
+def commands(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A tool and its arguments, in which places are relative; mostly the usual ones."""
+    tool = draw(st.sampled_from(sorted(TOOLS)))
+    arguments = []
+    for option, usual in TOOLS[tool]:
+        if not option:
+            arguments.append(usual)
+        elif usual is None and draw(st.booleans()):
+            continue
+        else:
+            place = draw(PLACES) if usual is None or draw(st.integers(0, 2)) == 0 else usual
+            arguments.append(f"{option}=@{place}")
+    return tool, arguments + draw(
+        st.lists(st.sampled_from(NUMBERS[tool]), max_size=2) if NUMBERS[tool] else st.just([])
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Data, lists, a checkpoint and a stranger's files; links of both kinds that lead to a label and to a folder."""
+    data = make_dataset(tmp_path_factory.mktemp("fuzz") / "world", labeled=2, unlabeled=2, val=2)
+    data.configure(backbone="resnet10", data_root="images/..", val_id_path="val.txt", unlabeled_id_path="unlabeled.txt")
+    torch.manual_seed(0)
+    cfg = load_config(data.config)
+    torch.save({"model": build_model(cfg).state_dict(), "config": to_dict(cfg)}, data.root / "model.pth")
+    (data.root / "mine").mkdir()
+    for name in ("report.txt", "train.txt", "metrics.json", "method.png", "val0.png", "toy.png"):
+        (data.root / "mine" / name).write_text("a year's work")
+    os.link(data.root / "labels/val0.png", data.root / "hard.png")
+    (data.root / "soft.png").symlink_to("labels/val0.png")
+    (data.root / "link").symlink_to("images")
+    # A part of Pascal VOC's download, and a list of it.
+    for kind in ("JPEGImages", "SegmentationClass"):
+        (data.root / "voc/VOC2012" / kind).mkdir(parents=True)
+    shutil.copy(data.root / "images/val0.jpg", data.root / "voc/VOC2012/JPEGImages/a.jpg")
+    with Image.open(data.root / "labels/val0.png") as label:
+        colorize(label, cfg.palette).save(data.root / "voc/VOC2012/SegmentationClass/a.png")
+    (data.root / "lists").mkdir()
+    (data.root / "lists/all.txt").write_text("JPEGImages/a.jpg SegmentationClass/a.png\n")
+    return data.root
+
+
+def contents(root: Path) -> dict[str, bytes | str]:
+    """What each path below `root` holds: a file's bytes, a link's target."""
+    found = {}
+    for folder, folders, files in os.walk(root):
+        for name in [*files, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]:
+            path = Path(folder, name)
+            held = os.readlink(path) if path.is_symlink() else path.read_bytes()
+            found[path.relative_to(root).as_posix()] = held
+    return found
+
+
+def run(tool: str, arguments: Sequence[str], root: Path) -> None:
+    """Run the tool's main with its places in `root`; an error must be one line, or argparse's usage and one line."""
+    argv = [argument.replace("@", f"{root}/") for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_main(lambda: importlib.import_module(f"scripts.{tool}").main(argv))
+        except SystemExit as end:
+            status = end.code or 0
+    told = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+    assert status in (0, 2) or (status, tool) == (1, "check_data"), (tool, argv, status, err.getvalue())
+    if status == 2:
+        assert len(told) == 1 or "usage: " in err.getvalue(), (tool, argv, err.getvalue())
+        assert len(told) == 0 or len(told[0]) < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_no_tool_changes_a_file_that_was_there_and_each_error_is_one_line(world, monkeypatch):
+    monkeypatch.setattr(toy, "SUBSETS", {"train": 10, "val": 3})
+    monkeypatch.setattr("scripts.make_toy.NUM_LABELED", 2)
+
+    before_folder = Path.cwd()
+
+    @settings(max_examples=500 if LONG else 15, **EXAMPLES)
+    @given(commands())
+    def check(command: tuple[str, list[str]]) -> None:
+        tool, arguments = command
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder, "world")
+            shutil.copytree(world, root, symlinks=True)
+            (root / "hard.png").unlink()
+            os.link(root / "labels/val0.png", root / "hard.png")
+            os.chdir(root)
+            before = contents(root)
+            try:
+                run(tool, arguments, root)
+                after = contents(root)
+                assert {name: after.get(name) for name in before} == before, (tool, arguments)
+                assert not [name for name in after if name.endswith((".tmp", ".part"))], (tool, arguments)
+                run(tool, arguments, root)  # takes nothing that the first run wrote for an input
+                again = contents(root)
+                assert {name: again.get(name) for name in before} == before, (tool, arguments)
+                assert again.keys() == after.keys(), (tool, arguments)
+            finally:
+                os.chdir(before_folder)
+
+    check()
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_the_usual_arguments_are_those_of_the_tool(tool):
+    """Else everything above would end at an option that is unknown."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        importlib.import_module(f"scripts.{tool}").main(["--help"])
+    options = [option for option, _ in TOOLS[tool] if option]
+    options += [argument.partition("=")[0] for argument in NUMBERS[tool]]
+    assert options and all(option in text.getvalue() for option in options)
