@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.queues
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dataset.errors import DataError
 
+SHARED_MEMORY = "/dev/shm"
 SECONDS = 1800  # without a batch, after which the loading processes have failed
 CHECK = 30  # seconds between two looks at whether they live; torch looks after each time-out only
 WAY_OUT = (
@@ -23,7 +25,7 @@ class HandingLoader(DataLoader):
     """A DataLoader that says in one line why its loading processes give no more batches. Raises DataError."""
 
     def __iter__(self) -> Iterator[Any]:
-        batches, waited = super().__iter__(), 0.0
+        batches, waited = self._start(), 0.0
         while True:
             try:
                 batch = next(batches)
@@ -41,6 +43,27 @@ class HandingLoader(DataLoader):
                 raise DataError(f"loading processes: {reason}; {WAY_OUT}") from None
             waited = 0.0
             yield batch
+
+    def _start(self) -> Iterator[Any]:
+        check_handover(self.num_workers)  # torch's iterator, half made, would complain
+        try:
+            return super().__iter__()
+        except OSError as error:
+            raise (_no_start(error) if self.num_workers else error) from None
+
+
+def check_handover(workers: int) -> None:
+    """Raise DataError if there are to be loading processes, but no shared memory for the locks between them."""
+    if workers:
+        try:
+            multiprocessing.Lock()
+        except OSError as error:
+            raise _no_start(error) from None
+
+
+def _no_start(error: OSError) -> DataError:
+    where = "" if os.access(SHARED_MEMORY, os.W_OK) else f"{SHARED_MEMORY} cannot be written to: "
+    return DataError(f"loading processes: they cannot be started: {where}{error.strerror or error}; {WAY_OUT}")
 
 
 def handover_fault(error: Exception) -> str | None:

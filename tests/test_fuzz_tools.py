@@ -134,8 +134,7 @@ def run(tool: str, arguments: Sequence[str], root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_no_tool_changes_a_file_that_was_there_and_each_error_is_one_line(world, monkeypatch):
-    monkeypatch.setattr(toy, "SUBSETS", {"train": 10, "val": 3})
-    monkeypatch.setattr("scripts.make_toy.NUM_LABELED", 2)
+    monkeypatch.setattr(toy, "SUBSETS", {"train": 9, "val": 8})
 
     before_folder = Path.cwd()
 

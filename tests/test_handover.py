@@ -1,5 +1,6 @@
 """dataset/handover.py: loading processes that cannot send their batches end the run in one line."""
 
+import errno
 import multiprocessing
 import pickle
 import signal
@@ -87,6 +88,19 @@ def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeyp
 def test_each_way_of_failing_between_the_processes_is_named(text, fragment):
     found = handover_fault(RuntimeError(text))
     assert found is None if fragment is None else fragment in found
+
+
+def test_where_no_shared_memory_is_the_error_is_one_line_and_without_processes_none(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing, "Lock", refuse)
+    monkeypatch.setattr("dataset.handover.SHARED_MEMORY", "/nowhere")
+    with pytest.raises(
+        DataError, match=r"they cannot be started: /nowhere cannot be written to: Read-only.*workers: 0$"
+    ):
+        next(iter(LoaderOptions(1).build(Batches(_one), collate_fn=same)))
+    assert len(list(LoaderOptions(0).build(Batches(_one), collate_fn=same))) == 2
 
 
 def test_other_errors_pass_as_they_are():

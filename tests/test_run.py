@@ -1,11 +1,14 @@
 """util/run.py: what the start of a run decides and says."""
 
 import contextlib
+import multiprocessing
 import os
+import pwd
 import shutil
 
 import pytest
 
+from dataset import DataError
 from tests.helpers import make_dataset
 from util.cli import parse_args
 from util.distributed.launch import Processes, find_processes
@@ -121,3 +124,33 @@ def test_a_config_in_the_save_path_that_was_given_is_left_as_it_was_written(data
     assert path.read_text() == text
     start(data, tmp_path, capsys)  # another file was given
     assert "nclass: 3" in path.read_text()
+
+
+def test_without_a_home_and_an_account_a_run_starts_unless_it_needs_a_folder_there(data, tmp_path, capsys, monkeypatch):
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "USER", "LOGNAME", "USERNAME", "LNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    start(data, tmp_path, capsys)
+    with pytest.raises(
+        ConfigError, match=r"^cache: disk: there is no home folder for ~/\.cache/unimatch: set cache_dir"
+    ):
+        start(data, tmp_path, capsys, "--set", "cache=disk")
+    start(data, tmp_path, capsys, "--set", "cache=disk", f"cache_dir={tmp_path / 'cache'}")
+
+
+def test_without_shared_memory_a_run_with_loading_processes_ends_before_it_joins_others(
+    data, tmp_path, capsys, monkeypatch
+):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing, "Lock", refuse)
+    with pytest.raises(
+        DataError, match=r"loading processes: they cannot be started: .*Read-only file system; lower workers"
+    ):
+        start(data, tmp_path, capsys, "--set", "workers=1")
+    assert not list(tmp_path.glob("run/*"))
+    start(data, tmp_path, capsys, "--set", "workers=0")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dataset.cache import ImageCache, open_cache
 from dataset.check import check_samples
 from dataset.files import limit_image_pixels
+from dataset.handover import check_handover
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
 from dataset.source import DataSource
@@ -174,6 +175,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         device = choose_device(cfg.device, processes)
         check_precision(cfg, device)
         set_backends(cfg)
+        check_handover(loader_options(cfg, device).workers)
         lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)
         unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
         check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
@@ -273,7 +275,9 @@ def _show_checking(checked: Iterator[Any], total: int) -> Iterator[Any]:
 
 
 def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
-    folder = Path(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch").expanduser()
+    folder = os.path.expanduser(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch")
+    if cfg.cache == "disk" and folder.startswith("~"):
+        raise ConfigError(f"cache: disk: there is no home folder for {folder}: set cache_dir to a folder of yours")
     return open_cache(cfg.cache, cfg.cache_gb, folder, str(save_path.resolve()))
 
 
