@@ -152,6 +152,7 @@ def model_config(**changes: Any) -> SimpleNamespace:
         "channels_last": False,
         "amp": "none",
         "compile": False,
+        "cuda_graphs": False,
     }
     return SimpleNamespace(**values | changes)
 

@@ -121,6 +121,7 @@ WRONG_TYPES = {
     "channels_last": "maybe",
     "amp": "bf32",
     "compile": 1,
+    "cuda_graphs": 1,
     "deterministic": 1,
     "tf32": "perhaps",
     "checkpoint_activations": "some",
@@ -273,6 +274,11 @@ def test_a_whole_number_may_not_have_a_fraction(write):
 )
 def test_lists_and_texts_have_their_rules(write, key, value, fragment):
     assert_refused(write, key, value, fragment)
+
+
+def test_a_graph_is_of_one_batch(write):
+    text = "cuda_graphs: a graph is of one batch, and accumulate is 2: set one of them only"
+    assert text in complaint(write(cuda_graphs=True, accumulate=2))
 
 
 def test_xception_has_one_output_stride(write):
@@ -623,6 +629,7 @@ def test_only_keys_that_shape_training_make_configs_differ(write):
         "channels_last": True,
         "amp": "bf16",
         "compile": True,
+        "cuda_graphs": False,
         "deterministic": True,
         "tf32": False,
         "checkpoint_activations": "none",
@@ -718,6 +725,7 @@ def test_a_crop_that_dinov2_cannot_take_is_refused_with_the_nearest_sizes(write,
         ("unimatch", {"teacher": "ema"}, "teacher: unimatch has none"),
         ("supervised", {"teacher": "ema"}, "teacher: supervised has none"),
         ("unimatch_v2", {"teacher": "none"}, "teacher: unimatch_v2 learns from one"),
+        ("unimatch_v2", {"cuda_graphs": True}, "cuda_graphs: unimatch_v2 draws its complementary dropout on the CPU"),
         ("unimatch", {"evaluate": "teacher"}, "evaluate: teacher: this run has no teacher"),
         ("fixmatch", {"evaluate": "both"}, "evaluate: both: this run has no teacher"),
         ("unimatch_v2", {"cutmix_partner": "same_image"}, "cutmix_partner: same_image: with a teacher"),

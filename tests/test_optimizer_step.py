@@ -17,7 +17,9 @@ def _step(
     lines: list[str] = []
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
-    cfg = SimpleNamespace(amp=amp, on_nonfinite=on_nonfinite, nonfinite_limit=10, accumulate=accumulate)
+    cfg = SimpleNamespace(
+        amp=amp, on_nonfinite=on_nonfinite, nonfinite_limit=10, accumulate=accumulate, cuda_graphs=False
+    )
     log = RunLog(tmp_path, active=False)
     log.info = lines.append
     run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), log=log)

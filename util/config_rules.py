@@ -52,6 +52,8 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
         fail("compile", "the compiler chooses by itself what to compute again: set checkpoint_activations: none")
     if twice := next((name for name in cfg.logger if cfg.logger.count(name) > 1), None):
         fail("logger", f"{twice} is listed twice")
+    if cfg.cuda_graphs and cfg.accumulate > 1:
+        fail("cuda_graphs", f"a graph is of one batch, and accumulate is {cfg.accumulate}: set one of them only")
     if len(set(cfg.classes)) != len(cfg.classes):
         twice = next(name for name in cfg.classes if cfg.classes.count(name) > 1)
         fail("classes", f"'{twice}' is listed twice")
@@ -102,6 +104,8 @@ def for_method(cfg: Config, method: str) -> Config:
         raise ConfigError("teacher: unimatch_v2 learns from one: leave it out, or set it to ema")
     if not teacher and cfg.evaluate in ("teacher", "both"):
         raise ConfigError(f"evaluate: {cfg.evaluate}: this run has no teacher: leave it out")
+    if cfg.cuda_graphs and method == "unimatch_v2":
+        raise ConfigError("cuda_graphs: unimatch_v2 draws its complementary dropout on the CPU: leave it out")
     partner = cfg.cutmix_partner or ("reversed_batch" if teacher else "same_image")
     if teacher != (partner == "reversed_batch"):
         needed = "with a teacher CutMix pastes from the reversed batch" if teacher else "it goes with a teacher only"

@@ -162,6 +162,9 @@ class Config:
     compile: bool = _setting(
         "torch.compile the model; its first steps take minutes, and it needs a C++ compiler", False
     )
+    cuda_graphs: bool = _setting(
+        "launch a step's kernels together, as one CUDA graph, for small batches on fast GPUs; one process only", False
+    )
     deterministic: bool = _setting("same bits in every run on the same GPU and versions; slower", False)
     tf32: bool | None = _setting(
         "let GPUs round float32 products to 10 bits of fraction; default: PyTorch's, in convolutions only", None

@@ -16,10 +16,17 @@ from util.errors import ConfigError
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(cfg: Config, device: torch.device) -> None:
-    """Raise ConfigError where `device` or this machine cannot compute as the config says."""
+def check_precision(cfg: Config, device: torch.device, processes: int = 1) -> None:
+    """Raise ConfigError where `device`, this machine or so many `processes` cannot compute as the config says."""
     if cfg.amp == "fp16" and device.type != "cuda":
         raise ConfigError(f"amp: fp16 needs a GPU, and this run is on {device.type}: use bf16 or none")
+    if cfg.cuda_graphs and device.type != "cuda":
+        raise ConfigError(f"cuda_graphs: true needs a GPU, and this run is on {device.type}: leave it out")
+    if cfg.cuda_graphs and processes > 1:
+        raise ConfigError(
+            f"cuda_graphs: true is for one process, and this run has {processes}, which wait for one another within a "
+            "step: leave it out"
+        )
     if cfg.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         raise ConfigError(
             "compile: true needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found: install one, or use "
@@ -52,6 +59,7 @@ def describe_precision(cfg: Config, device: torch.device) -> str:
         "float32" if cfg.amp == "none" else f"{cfg.amp} autocast (logits, softmax and losses in float32)",
         "channels_last" if _channels_last(cfg, device) else "contiguous",
         "compiled" if cfg.compile else "eager",
+        *(["one CUDA graph a step"] if cfg.cuda_graphs else []),
         f"activations computed again: {cfg.checkpoint_activations}",
     ]
     return f"computing: {', '.join(parts)}"

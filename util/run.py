@@ -173,7 +173,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(outside_training(processes.rank, not launcher_keeps_store()))
         device = choose_device(cfg.device, processes)
-        check_precision(cfg, device)
+        check_precision(cfg, device, processes.count)
         set_backends(cfg)
         check_handover(loader_options(cfg, device).workers)
         lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.packing import to_device
 from util.backends import without_benchmark
 from util.distributed.ddp import unwrap
 from util.evaluate import Result, evaluate
@@ -28,6 +27,7 @@ from util.signals import StopSignals
 from util.teacher import Teacher
 from util.train.bad_images import BadImages
 from util.train.clock import Clock
+from util.train.feed import Feed
 from util.train.monitor import Monitor
 from util.train.optimizer_step import OptimizerStep, TrainStep
 from util.train.progress import Progress
@@ -94,6 +94,8 @@ class Trainer:
         cfg = run.cfg
         self.progress = Progress(steps=len(loader) // cfg.accumulate)
         self._run, self._step, self._loader, self._metrics = run, step, loader, StepMetrics()
+        # A compiler compiles anew for other shapes, and a CUDA graph has one only.
+        self._feed = Feed(run.device, fixed_shapes=cfg.compile or cfg.cuda_graphs)
         self.saver = Saver(run, step, self._metrics, self.progress, signals)
         self.saver.resume()
         self._bad_images = BadImages(loader, cfg.bad_image_limit, run.log) if cfg.on_bad_image == "skip" else None
@@ -117,9 +119,7 @@ class Trainer:
                 set_poly_lr(optimizer, iteration, self._total)
                 # Channel dropout draws from torch's generator. Seeded anew, it depends on the step alone.
                 torch.manual_seed(step_seed(cfg.seed, progress.epoch, progress.position, self._run.processes.rank))
-                self._metrics.append(
-                    iteration, *self._step.run(to_device(batch, self._run.device) for batch in batches)
-                )
+                self._metrics.append(iteration, *self._step.run(self._feed(batch) for batch in batches))
                 progress.position += 1
                 bar.update()
                 self.saver.after_step()

@@ -17,6 +17,7 @@ from util.precision import build_scaler
 from util.release import without_frozen
 from util.run import Run
 from util.teacher import Teacher
+from util.train.graph import GraphedStep
 from util.train.nonfinite import NonFiniteGuard
 
 # A method's step gets a batch on the device and the function that back-propagates a part of the loss. It returns its
@@ -39,6 +40,8 @@ class OptimizerStep:
         teacher: Teacher | None = None,
     ) -> None:
         self.teacher = teacher
+        if run.cfg.cuda_graphs:
+            train_step = GraphedStep(train_step, model.parameters())
         self.model, self.optimizer, self._train_step, self._log = model, optimizer, train_step, run.log
         self._accumulate = run.cfg.accumulate
         self._scaler = build_scaler(run.cfg, run.device)
