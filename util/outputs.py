@@ -74,7 +74,11 @@ def read_mark(path: str | Path) -> str | None:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return _marked(archive.comment)
-        if path.suffix in (".json", ".csv", ".txt"):
+        if path.suffix == ".pt2":
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/metadata.json"))
+                return "" if json.loads(archive.read(name)).get("tool") == MARK else None
+        if path.suffix in (".json", ".csv", ".txt", ".onnx"):
             with open(path, "rb") as file:
                 head = file.read(500)
             return "" if MARK.encode() in head or head.startswith(TABLE_HEADER.encode()) else None

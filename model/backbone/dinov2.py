@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.activation_checkpoint import run
+from model.backbone.positions import interpolated
 
 PATCH = 14  # pixels
 GRID = 37  # patches per side of the images that the positional embedding is for, of 518 pixels
@@ -105,10 +106,11 @@ class DINOv2(nn.Module):
     """The encoder: `forward` gives the tokens after four of its blocks.
 
     `width`: channels of a token. `taps`: the four blocks, counted from 0. A frozen encoder, of which no parameter needs
-    a gradient, keeps nothing for the backward pass.
+    a gradient, keeps nothing for the backward pass. `exporting`: positions are computed as torch.export can follow.
     """
 
     checkpoint_activations = False
+    exporting = False
 
     def __init__(self, width: int, depth: int, heads: int, taps: Sequence[int], mlp: type[MLP | SwiGLU] = MLP) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class DINOv2(nn.Module):
     def _tapped(self, x: Tensor) -> list[Tensor]:
         grid = (x.shape[2] // PATCH, x.shape[3] // PATCH)
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions(grid)
         features = []
         for index, block in enumerate(self.blocks):
             x = run(block, x, again=self.checkpoint_activations)
@@ -157,6 +159,9 @@ class DINOv2(nn.Module):
         which depend on the grid alone. They are kept, not the result: that is never out of date, gradients reach
         `pos_embed`, and what is left to do for each image are two small products.
         """
+        if self.exporting:
+            patches = interpolated(self.pos_embed[0, 1:].unflatten(0, (GRID, GRID)), *grid)
+            return torch.cat([self.pos_embed[:, :1], patches.flatten(0, 1)[None]], dim=1)
         if grid == (GRID, GRID):
             return self.pos_embed
         dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)

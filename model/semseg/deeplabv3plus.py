@@ -111,7 +111,7 @@ class DeepLabV3Plus(nn.Module):
         `comp_drop`: complementary dropout (UniMatch V2) of c1 and c4 on a batch of both strong views, [s1; s2]. A
         tensor (B, drop_width) gives the factors, c1's first, as `complementary_dropout` draws them.
         """
-        factors = dropout_factors(comp_drop, len(x), self.drop_width)
+        factors = dropout_factors(comp_drop, x.shape[0], self.drop_width)
         if self.autocast_dtype is None:
             logits = self._logits(x, need_fp, factors)
         else:

@@ -149,7 +149,7 @@ class DPT(nn.Module):
         height, width = x.shape[2:]
         if height % PATCH or width % PATCH:
             raise ValueError(f"image of {height} x {width} pixels: DINOv2 needs sides that are multiples of {PATCH}")
-        factors = dropout_factors(comp_drop, len(x), self.drop_width)
+        factors = dropout_factors(comp_drop, x.shape[0], self.drop_width)
         if self.autocast_dtype is None:
             logits = self._logits(x, need_fp, factors)
         else:
