@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.errors import DataError
-from dataset.lists import IMAGE_SUFFIXES, is_inside, read_list
+from dataset.lists import IMAGE_SUFFIXES, is_hidden, is_inside, read_list
 
 
 class Picture(NamedTuple):
@@ -55,8 +55,7 @@ def find_pictures(
             continue
         elif glob.has_magic(text):
             base = Path(*(part for part in _before_wildcards(path)))
-            files = sorted(Path(name) for name in glob.glob(text, recursive=True) if os.path.isfile(name))
-            _take(found, files, base, suffixes, is_prediction)
+            _take(found, _globbed(text), base, suffixes, is_prediction)
             kind = "glob"
         else:
             raise DataError(f"{source}: no such image, folder or list file")
@@ -87,9 +86,18 @@ def _files_in(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(directory, name) for name in names if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        files += [Path(directory, name) for name in names if not is_hidden(name)]
     return sorted(files)
+
+
+def _globbed(pattern: str) -> list[Path]:
+    """The files of a glob, sorted, each once: `**` follows links, also those that lead back."""
+    files: dict[str, Path] = {}
+    for name in sorted(glob.glob(pattern, recursive=True), key=lambda name: (name.count(os.sep), name)):
+        if os.path.isfile(name):
+            files.setdefault(os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name)), Path(name))
+    return sorted(files.values())
 
 
 def _before_wildcards(path: Path) -> list[str]:

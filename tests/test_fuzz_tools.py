@@ -92,6 +92,7 @@ def world(tmp_path_factory) -> Path:
     os.link(data.root / "labels/val0.png", data.root / "hard.png")
     (data.root / "soft.png").symlink_to("labels/val0.png")
     (data.root / "link").symlink_to("images")
+    (data.root / "images/back").symlink_to("..")
     # A part of Pascal VOC's download, and a list of it.
     for kind in ("JPEGImages", "SegmentationClass"):
         (data.root / "voc/VOC2012" / kind).mkdir(parents=True)

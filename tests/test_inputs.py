@@ -44,7 +44,17 @@ def test_a_list_names_its_pictures_in_the_data_root_and_their_labels(folder):
 
 def test_links_that_lead_back_end(folder):
     (folder / "in" / "again").symlink_to(Path("..").resolve() / folder.resolve())
-    assert _places(find_pictures([folder], ".")) == ["a.jpg", "b.GIF", "in/c.jfif", "in/d.jpe"]
+    expected = ["a.jpg", "b.GIF", "in/c.jfif", "in/d.jpe"]
+    assert _places(find_pictures([folder], ".")) == expected
+    assert _places(find_pictures(["photos/**/*.*"], ".")) == expected
+
+
+def test_folders_of_the_system_are_left_out_and_links_to_other_folders_followed(folder, tmp_path):
+    for place in (folder / "__MACOSX/g.jpg", tmp_path / "far/h.jpg"):
+        place.parent.mkdir()
+        place.write_bytes(b"")
+    (folder / "linked").symlink_to(tmp_path / "far")
+    assert _places(find_pictures([folder], ".")) == ["a.jpg", "b.GIF", "in/c.jfif", "in/d.jpe", "linked/h.jpg"]
 
 
 def test_predictions_of_an_earlier_run_are_no_pictures_of_a_folder(folder):

@@ -862,4 +862,5 @@ def test_folders_are_searched_for_archives_and_read_in_order(tmp_path):
         find_sources(tmp_path / "none", ())
     link = tmp_path / "link"
     os.symlink(folder, link)
+    os.symlink("..", folder / "b/back")
     assert len(list(members(link))) == 4

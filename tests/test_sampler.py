@@ -141,6 +141,18 @@ def test_same_image_is_its_own_partner_and_other_image_never():
             assert len(keys) == 2 and all(key.partner != key.unlabeled for key in keys)
 
 
+def test_another_images_partner_is_the_next_of_the_epochs_order():
+    keys = _epoch(2, 5, 1, 0, partner="other_image")
+    assert [key.partner for key in keys] == [key.unlabeled for key in [*keys[1:], keys[0]]]
+
+
+def test_an_epoch_that_is_continued_has_the_keys_that_were_left():
+    whole = _epoch(2, 7, 2, 0, epoch=1)
+    sampler = EpochSampler(2, 7, 2, 0)
+    sampler.set_epoch(1, start=4)
+    assert list(sampler) == whole[4:] and len(whole) == 6
+
+
 def test_streams_of_different_purposes_differ():
     draws = {tuple(stream(*seed).integers(1 << 30, size=2)) for seed in np.ndindex(3, 3, 3)}
     assert len(draws) == 27

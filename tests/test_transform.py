@@ -85,6 +85,15 @@ def test_geometry_gives_the_reference_sums_exactly(case):
     assert int((padding == 255).sum()) == case["padding_pixels"]
 
 
+@pytest.mark.parametrize(
+    ("size", "long_side", "short_side"), [((500, 375), 333, 250), ((500, 375), 331, 248), ((9, 1), 2, 1)]
+)
+def test_the_shorter_side_is_rounded_alike_for_wide_and_for_tall_images(size, long_side, short_side):
+    """249.75 becomes 250, 248.25 becomes 248, and 0.22 one pixel."""
+    assert resized_size(*size, long_side) == (long_side, short_side)
+    assert resized_size(*size[::-1], long_side) == (short_side, long_side)
+
+
 def test_the_padding_mask_is_what_geometry_makes_of_an_empty_label():
     padded = 0
     for width, height, size, geometry in _random_draws(300):

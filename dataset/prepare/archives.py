@@ -72,7 +72,13 @@ def members(source: Path) -> Iterator[Member]:
 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
+    seen = set()
     for directory, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:  # a link leads back
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders.sort()
         for name in sorted(names):
             path = Path(directory, name)
