@@ -122,6 +122,8 @@ def exit_status(rank, exitcode):
 def run(args):
     """Run the script under torchrun and return the exit status. A signal to this process is passed on to all."""
     processes, port, nodes = args.processes, args.port, args.nodes
+    # Read when torch is imported. Its warnings bury the one line that tells what failed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api as elastic
@@ -132,7 +134,6 @@ def run(args):
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings bury the one line that tells what failed
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
 
     def pass_on(number, _):  # as torchrun does with SIGTERM and SIGINT

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ONE_A_LINE = "many short cases of one thing, each with the message that it gives"
 LONG_FILES = {
     "scripts/benchmark/__main__.py": "a list of measurements, each a function of its own",
-    "scripts/chaos.py": "a list of faults, each a function of its own",
+    "scripts/chaos/__main__.py": "a list of faults, each a function of its own",
     "tests/test_bad_input.py": ONE_A_LINE,
     "tests/test_check_data.py": ONE_A_LINE,
     "tests/test_checkpoint.py": ONE_A_LINE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import chaos
+from scripts.chaos import __main__ as chaos
 from tests.helpers import run_script
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -122,8 +123,11 @@ def _set_interface(addresses: list[str]) -> None:
 def _no_connection(error: RuntimeError) -> str:
     settings = [f"{key}={os.environ.get(key, '')}" for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
     names = ", ".join(f"{name} ({address})" for name, address in interfaces())
+    reason = re.sub(
+        r"^\[enforce fail at .*?\] .*?\. ", "", str(error).strip().splitlines()[0]
+    )  # gloo's place in its source
     return (
         f"{socket.gethostname()} reaches {':'.join(map(str, master_address()))}, but cannot connect to the other "
-        f"processes: {str(error).strip().splitlines()[0]}; {' and '.join(settings)} name the network interface to use, "
+        f"processes: {reason}; {' and '.join(settings)} name the network interface to use, "
         f"of {names}"
     )

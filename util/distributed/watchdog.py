@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, master_address
 from util.distributed.store import BoundedStore, StoreLost
@@ -19,8 +20,16 @@ from util.errors import EXIT_CONSEQUENCE, EXIT_STOPPED, Interrupted, Silenced, T
 from util.signals import StopSignals, keep_error
 
 PERIOD = 1.0  # seconds between two heartbeats
-PATIENCE = 10.0  # seconds that a process which lost its connection waits for another one's report
+PATIENCE = 6.0  # seconds that a process which lost its connection waits for another one's report
 ANSWER = 5.0  # seconds for the store to answer a process that has failed
+
+
+class Report(NamedTuple):
+    """A process's failure, as the others read it."""
+
+    rank: int
+    machine: str
+    line: str
 
 
 class Watchdog:
@@ -34,6 +43,9 @@ class Watchdog:
         self._rank, self._count, self._seconds = processes.rank, processes.count, seconds
         # Without the store nobody can agree on who reports: then one process of each machine does.
         self._speaks_alone = processes.local_rank == 0 or (processes.rank == 1 and not launcher_keeps_store())
+        # torchrun on several machines: each has a terminal of its own, and gets a line of its own.
+        self._machine = os.environ.get("GROUP_RANK", "0") if launcher_keeps_store() else "0"
+        self._speaks_here = processes.local_rank == 0
         self._on_failure = on_failure
         self._closing, self._stopped, self._failed = (threading.Event() for _ in range(3))
         self._ending = threading.Lock()
@@ -96,7 +108,8 @@ class Watchdog:
             # Training stops itself on every process alike: the main one is the one to say so.
             waits = disconnected or (isinstance(error, TrainingStopped) and self._rank > 0)
             if waits and (report := self._wait_for_report()):
-                return Silenced(report)
+                self._tell_here(report)
+                return Silenced(report.line)
             if disconnected:
                 error = TrainingStopped(self._missing())
             first = self._report(error_line(error))
@@ -110,7 +123,7 @@ class Watchdog:
 
     def _report(self, line: str, store: BoundedStore | None = None) -> bool:
         """Report a failure to the others; whether it is the first one."""
-        line = f"{self._rank}:{line}"
+        line = f"{self._rank}:{self._machine}:{line}"
         return (store or self._store).set_first(self._prefix + "report", line) == line
 
     def _missing(self) -> str:
@@ -121,23 +134,28 @@ class Watchdog:
             return "the connection between the processes is lost"
         return f"process {_some(missing)} hangs or is gone: the others waited for it in vain"
 
-    def _wait_for_report(self) -> str | None:
+    def _wait_for_report(self) -> Report | None:
         """The failure that another process reports within seconds, or a launcher that ends this one because of it."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if report := self._read_report(self._store):
-                return report[1]
+                return report
             if StopSignals.last and launcher_keeps_store():  # torchrun, which says what failed
-                return "ended by the launcher, after another process failed"
+                return Report(self._rank, self._machine, "ended by the launcher, after another process failed")
             time.sleep(0.1)
         return None
 
-    def _read_report(self, store: BoundedStore) -> tuple[int, str] | None:
-        """(rank, line) of the failure that is reported."""
+    def _read_report(self, store: BoundedStore) -> Report | None:
+        """The failure that is reported."""
         if (text := store.get(self._prefix + "report")) is None:
             return None
-        rank, _, line = text.partition(":")
-        return int(rank), f"process {rank}: {line}"
+        rank, machine, line = text.split(":", 2)
+        return Report(int(rank), machine, f"process {rank}: {line}")
+
+    def _tell_here(self, report: Report) -> None:
+        """Show another machine's failure on this one's terminal."""
+        if self._speaks_here and report.machine != self._machine:
+            print(f"error: {report.line}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         """The thread: heartbeats, the next process's heartbeats, and failures reported."""
@@ -149,8 +167,9 @@ class Watchdog:
                 store.set(f"{self._prefix}{self._rank}", str(number))
                 number += 1
                 report = self._read_report(store)
-                if report and report[0] != self._rank and not self._failed.wait(PERIOD):
-                    self._end(report[1])
+                if report and report.rank != self._rank and not self._failed.wait(PERIOD):
+                    self._tell_here(report)
+                    self._end(report.line)
                 heartbeat = store.get(f"{self._prefix}{other}")
                 # Counted, not timed: where all were suspended together nobody has missed anything.
                 missed = missed + 1 if heartbeat == last and heartbeat is not None else 0

@@ -1,0 +1,168 @@
+"""A Slurm cluster of simulated nodes on this machine, in a network namespace of its own; for root on Debian."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "ip", "unshare")
+# In a namespace whose only card is loopback Slurm finds no address: its look-ups skip loopback. A bridge is one.
+NETWORK = ["link set lo up", "link add card type bridge", "addr add 10.78.0.1/24 dev card", "link set card up"]
+CONF = """
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=16817
+SrunPortRange=16900-16999
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+MailProg=/bin/true
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+KillWait=20
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=g1 NodeHostname={host} NodeAddr=127.0.0.1 Port=16821 CPUs=2 Gres=gpu:a100:2
+NodeName=g2 NodeHostname={host} NodeAddr=127.0.0.1 Port=16822 CPUs=2 Gres=gpu:a100:2
+NodeName=c1 NodeHostname={host} NodeAddr=127.0.0.1 Port=16823 CPUs=2
+PartitionName=gpu Nodes=g1,g2 Default=YES PriorityTier=1
+PartitionName=urgent Nodes=g1,g2 PriorityTier=10 PreemptMode=OFF
+PartitionName=cpu Nodes=c1
+"""
+GRES = "NodeName=g[1-2] Name=gpu Type=a100 File={folder}/gpu[0-1]\n"  # any files that exist serve
+CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"  # mounts nothing
+
+
+class Cluster:
+    """The running cluster: nodes g1 and g2 with two pretended GPUs each, and c1 without; two CPUs on each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._name = folder, f"slurm{os.getpid()}"
+
+    def command(self, *words: str | Path) -> list[str]:
+        """The command line that runs a command in the cluster's network."""
+        inside = ["unshare", "--mount", "sh", "-c", 'mount --bind "$1" /etc/hosts && shift && exec "$@"', "sh"]
+        settings = ["env", f"SLURM_CONF={self._folder / 'slurm.conf'}"]
+        return ["ip", "netns", "exec", self._name, *inside, str(self._folder / "hosts"), *settings, *map(str, words)]
+
+    def run(self, *words: str | Path) -> str:
+        """Run a command in it: its stdout."""
+        return subprocess.run(self.command(*words), capture_output=True, text=True, check=True, timeout=30).stdout
+
+    def state(self, job: str) -> str:
+        """A job's state, such as RUNNING."""
+        return self.run("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T").strip()
+
+    def start(self) -> None:
+        """Start munge, the controller and a daemon for each node."""
+        folder, host = self._folder, socket.gethostname().partition(".")[0]
+        folder.chmod(0o755)
+        for name, text in (
+            ("slurm.conf", CONF),
+            ("gres.conf", GRES),
+            ("cgroup.conf", CGROUP),
+            ("gpu0", ""),
+            ("gpu1", ""),
+        ):
+            (folder / name).write_text(text.format(folder=folder, host=host), encoding="ascii")
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {host} g1 g2 c1\n", encoding="ascii")
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o400)
+        _run("ip", "netns", "add", self._name)
+        for words in NETWORK:
+            _run("ip", "-n", self._name, *words.split())
+        places = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
+        places |= {"log-file": "munged.log", "seed-file": "munged.seed"}
+        self.run("munged", *(f"--{name}={folder / file}" for name, file in places.items()))
+        self.run("slurmctld", "-c")
+        for node in ("g1", "g2", "c1"):
+            (folder / node).mkdir()
+            self.run("slurmd", "-N", node)
+        wait_for(lambda: self.run("sinfo", "--noheader", "-N", "--format=%T").split() == ["idle"] * 5, "idle nodes", 30)
+
+    def stop(self) -> None:
+        """End the daemons, and all jobs with them."""
+        with contextlib.suppress(subprocess.SubprocessError):
+            self.run("scancel", "--signal=KILL", "--full", "--user=root")
+        for file in self._folder.glob("*.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGTERM)
+        time.sleep(1)  # they write their state
+        subprocess.run(["ip", "netns", "del", self._name], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Cluster]:
+    """Start a cluster, installing Slurm before where that works; skips the test where it cannot be."""
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm cluster needs root")
+    if any(shutil.which(name) is None for name in PROGRAMS):
+        _install()
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        own = Cluster(Path(folder))
+        try:
+            try:
+                own.start()
+            except subprocess.CalledProcessError as error:
+                if "Operation not permitted" in str(error.stderr):
+                    pytest.skip(f"a Slurm cluster needs network namespaces: {error.stderr.strip()}")
+                raise
+            yield own
+        finally:
+            own.stop()
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    """Wait until the condition is true. Fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} after {seconds} s"
+        time.sleep(0.05)
+
+
+def _install() -> None:
+    if shutil.which("apt-get") is None:
+        pytest.skip("Slurm is not installed, and there is no apt-get")
+    quick = ["-qq", "-o", "Acquire::http::Timeout=5", "-o", "Acquire::Retries=0"]
+    packages = ["slurm-wlm", "munge", "iproute2", "util-linux"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+        try:
+            _run("apt-get", *quick, *words, env=environment, timeout=90)
+        except subprocess.SubprocessError as error:
+            lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            pytest.skip(f"Slurm cannot be installed: {lines[-1] if lines else error}")
+
+
+def _run(*words: str, **options: object) -> None:
+    subprocess.run(words, check=True, capture_output=True, text=True, **options)
