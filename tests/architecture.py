@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "util/": ("dataset", "model", "util"),
     "scripts/": ("dataset", "model", "util"),
     "scripts/benchmark/": ("dataset", "model", "util", "scripts/benchmark", ""),
+    "scripts/chaos/": ("dataset", "model", "util", "scripts/chaos"),
     "tests/": ("dataset", "model", "util", "scripts", "tests", ""),
 }
 # The same within packages: what a folder's files must not import although the table above would allow it.

@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ONE_A_LINE = "many short cases of one thing, each with the message that it gives"
 LONG_FILES = {
     "scripts/benchmark/__main__.py": "a list of measurements, each a function of its own",
-    "scripts/chaos/__main__.py": "a list of faults, each a function of its own",
     "tests/test_bad_input.py": ONE_A_LINE,
     "tests/test_check_data.py": ONE_A_LINE,
     "tests/test_checkpoint.py": ONE_A_LINE,
@@ -84,6 +83,11 @@ TESTED_BY = {
     "scripts/benchmark/rows.py": "benchmark",
     "scripts/benchmark/step.py": "benchmark",
     "scripts/benchmark/step_v2.py": "benchmark",
+    "scripts/chaos/__main__.py": "chaos",
+    "scripts/chaos/compare.py": "chaos",
+    "scripts/chaos/faults.py": "chaos",
+    "scripts/chaos/hosts.py": "two_hosts",
+    "scripts/chaos/run.py": "chaos",
     "scripts/make_toy.py": "toy",
     "supervised.py": "steps",
     "unimatch.py": "steps",

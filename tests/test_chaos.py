@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from scripts.chaos import __main__ as chaos
+from scripts.chaos.__main__ import Table, main
+from scripts.chaos.compare import difference, distance
 from tests.helpers import run_script
 
 
 def test_runs_that_were_harmed_end_as_one_that_was_not():
     faults = ["kill-in-save", "damage"]
-    result = run_script("-m", "scripts.chaos", "--rounds", "2", "--faults", *faults)
+    result = run_script("-m", "scripts.chaos", "--rounds", "2", "--faults", *faults, "--methods", "unimatch")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[-2:]]
     assert [(row[0], row[1], row[-1]) for row in rows] == [(name, "1", "1") for name in faults]
@@ -18,12 +20,28 @@ def test_runs_that_were_harmed_end_as_one_that_was_not():
 
 def test_a_difference_is_found_wherever_it_is():
     state = {"model": {"w": [1.0, 2.0]}, "losses": {("1", "2"): "loss 0.5"}}
-    assert chaos.difference(state, {"model": {"w": [1.0, 2.0]}, "losses": {("1", "2"): "loss 0.5"}}) is None
-    assert chaos.difference(state, {"model": {"w": [1.0, 2.5]}, "losses": {}}) == "['model']['w'][1]"
-    assert chaos.difference(state, {**state, "losses": {}}) == "['losses'] keys"
-    assert chaos.difference([1], [1, 2]) == " length" and chaos.difference(1, 1.0) == ""
+    assert difference(state, {"model": {"w": [1.0, 2.0]}, "losses": {("1", "2"): "loss 0.5"}}) is None
+    assert difference(state, {"model": {"w": [1.0, 2.5]}, "losses": {}}) == "['model']['w'][1]"
+    assert difference(state, {**state, "losses": {}}) == "['losses'] keys"
+    assert difference([1], [1, 2]) == " length" and difference(1, 1.0) == ""
 
 
 def test_an_unknown_fault_is_refused():
     with pytest.raises(ValueError, match="--faults flood: there are kill, "):
-        chaos.main(["--faults", "flood"])
+        main(["--faults", "flood"])
+
+
+def test_the_distance_of_two_models_is_relative():
+    weights = {"w": torch.tensor([3.0, 4.0])}
+    assert distance(weights, weights) == 0
+    assert distance(weights, {"w": torch.tensor([3.0, 4.5])}) == pytest.approx(0.1)
+
+
+def test_the_table_counts_rounds_losses_and_verdicts():
+    table = Table()
+    for lost, verdict in ((2, "equal"), (5, "equal"), (0, "skipped: no root")):
+        table.add("kill", lost, verdict)
+    assert str(table).splitlines()[-1].split() == ["kill", "3", "7", "(5)", "1", "2"]
+    assert not table.wrong
+    table.add("label", 0, "DIFFERS in ['model']: x")
+    assert table.wrong

@@ -1,0 +1,159 @@
+"""Training on a real Slurm cluster, of simulated nodes: through time limit, preemption and scancel to the same end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, make_dataset
+from tests.slurm import Cluster, cluster, wait_for
+
+pytestmark = pytest.mark.slow
+LIMIT = 300  # seconds that anything may take
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    """A cluster with two nodes g1 and g2 that have GPUs, as it believes, and one without."""
+    with cluster() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Three epochs of four iterations of two processes."""
+    data = make_dataset(tmp_path_factory.mktemp("data"), unlabeled=8)
+    data.configure(batch_size=1, epochs=3, checkpoint_minutes=0.005)
+    return data
+
+
+def variables(data: TinyData) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        "config": str(data.config),
+        "labeled": str(data.labeled),
+        "cpus_per_task": "1",
+    }
+
+
+def srun(slurm: Cluster, data: TinyData, path: Path, partition: str, *arguments: str) -> subprocess.Popen[str]:
+    """slurm_train.sh with two tasks, as from a login node."""
+    words = ["sh", "scripts/slurm_train.sh", "2", "29500", partition, "--save-path", path, *arguments]
+    return subprocess.Popen(
+        slurm.command(*words), cwd=PROJECT_ROOT, env=variables(data), stdout=-1, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def iterations(path: Path) -> int:
+    """How many lines of progress the log has."""
+    log = path / "train.log"
+    return len(re.findall(r"iteration \d", log.read_text())) if log.exists() else 0
+
+
+def trainers(path: Path) -> list[Path]:
+    """The folders in /proc of the processes that train in `path`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"unimatch.py" in words and str(path).encode() in words and b"srun" not in words[0]:
+            found.append(process)
+    return found
+
+
+def signalled(process: Path, number: int) -> bool:
+    """Whether a signal waits for a process, which is suspended."""
+    (mask,) = re.findall(r"ShdPnd:\s*(\w+)", (process / "status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def hold(path: Path, done: int) -> list[Path]:
+    """Suspend the two processes once they have logged more than `done` iterations; returns their folders in /proc."""
+    wait_for(lambda: iterations(path) > done, "next iteration", LIMIT)
+    processes = trainers(path)
+    assert len(processes) == 2
+    for process in processes:
+        os.kill(int(process.name), signal.SIGSTOP)
+    return processes
+
+
+def test_a_run_through_time_limit_preemption_and_scancel_ends_as_one_in_a_partition_without_gpus(slurm, data, tmp_path):
+    whole, path, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output"
+    undisturbed = srun(slurm, data, whole, "cpu")
+    assert undisturbed.wait(LIMIT) == 0, undisturbed.stdout.read()
+
+    # A job on two nodes with GPUs of a type. Suspended, it does not come further until Slurm looks at its time.
+    options = "--partition=gpu --nodes=2 --ntasks-per-node=1 --gres=gpu:a100:1 --time=10 --signal=USR1@90"
+    settings = {**variables(data), "gpus_per_node": "1", "gpu_type": "a100"}
+    words = ["--parsable", *options.split(), f"--output={output}", "scripts/slurm_train.sh", "2", "29500", "gpu"]
+    job = subprocess.run(
+        slurm.command("sbatch", *words, "--save-path", path),
+        cwd=PROJECT_ROOT, env=settings, capture_output=True, text=True, check=True, timeout=30,
+    ).stdout.strip()  # fmt: skip
+    processes = hold(path, 0)
+    *_, minutes, _ = f"0:{slurm.run('squeue', '--noheader', '--jobs', job, '--format=%M').strip()}".split(":")
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 2}")
+
+    def queued_again() -> bool:
+        for process in processes:
+            with contextlib.suppress(OSError):  # it has ended
+                if signalled(process, signal.SIGUSR1):
+                    os.kill(int(process.name), signal.SIGCONT)
+        return f"job {job} queues itself again" in output.read_text()
+
+    wait_for(queued_again, "requeue", LIMIT)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
+    def hold_again() -> None:
+        def started() -> bool:
+            if slurm.state(job) == "PENDING":  # Slurm lets a requeued job wait for minutes
+                with contextlib.suppress(subprocess.CalledProcessError):  # it has started since
+                    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            return slurm.state(job) == "RUNNING"
+
+        done = iterations(path)
+        wait_for(started, "restart of the job", LIMIT)
+        hold(path, done)
+
+    # What preempts or cancels a job sends SIGCONT and SIGTERM.
+    hold_again()
+    slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for(lambda: not trainers(path), "preemption", LIMIT)
+    hold_again()
+    slurm.run("scancel", job)
+    wait_for(lambda: not trainers(path), "end after scancel", LIMIT)
+    wait_for(lambda: slurm.state(job) == "CANCELLED", "cancelled job")
+    assert output.read_text().count("queues itself again") == 1
+
+    last = srun(slurm, data, path, "cpu")
+    assert last.wait(LIMIT) == 0, last.stdout.read()
+    assert (path / "train.log").read_text().count("continuing from ") == 3
+    assert_same(load_checkpoint(whole), load_checkpoint(path))
+
+
+def test_the_error_of_process_0_is_shown_and_its_status_kept(slurm, data, tmp_path):
+    """srun ends it by SIGTERM as soon as the other process has ended because of it."""
+    label = data.root / "labels/val0.png"
+    content = label.read_bytes()
+    label.unlink()
+    try:
+        process = srun(slurm, data, tmp_path, "cpu", "--set", "check_data=false", "epochs=1")
+        output, _ = process.communicate(timeout=LIMIT)
+    finally:
+        label.write_bytes(content)
+    assert process.returncode == 2, output
+    assert re.findall(r"^error: (.*)", output, re.MULTILINE) == [
+        f"{label}: no such label (listed paths are relative to data_root)"
+    ]

@@ -1,0 +1,72 @@
+"""Training on two hosts, joined by a virtual cable: the end is one host's, also after the cable was pulled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.chaos.hosts import NoHosts, TwoHosts, two_hosts
+from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, run_script
+from tests.slurm import wait_for
+
+pytestmark = pytest.mark.slow
+DIST_TIMEOUT, PROMISE = 12, 10  # seconds; both sides tell of a cut within their sum
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    try:
+        with two_hosts() as pair:
+            yield pair
+    except NoHosts as error:
+        pytest.skip(str(error))
+
+
+def start(hosts: TwoHosts, data: TinyData, path: Path) -> list[subprocess.Popen[str]]:
+    """scripts/train.sh with one process on each host."""
+    variables = {"NNODES": "2", "MASTER_ADDR": hosts.addresses[0], "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables |= {"config": str(data.config), "labeled": str(data.labeled)}
+    return [
+        subprocess.Popen(
+            hosts.command(host, "sh", "scripts/train.sh", "1", "29500", "--save-path", path),
+            cwd=PROJECT_ROOT,
+            env={**os.environ, **variables, "NODE_RANK": str(host)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+
+
+def test_two_hosts_train_as_one_and_tell_of_a_cut_cable_and_go_on(hosts, data, tmp_path):
+    data.configure(batch_size=1, epochs=3, dist_timeout=DIST_TIMEOUT, checkpoint_minutes=0.005)
+    one = ["-m", "scripts.launch", "--processes", "2", "unimatch.py", *data.arguments(tmp_path / "one")]
+    result = run_script(*one)
+    assert result.returncode == 0, result.stderr
+
+    path = tmp_path / "two"
+    processes = start(hosts, data, path)
+    try:
+        wait_for(lambda: (path / "midway.pth").exists() or processes[0].poll() is not None, "checkpoint", 300)
+        hosts.cut()
+        for process in processes:
+            _, told = process.communicate(timeout=DIST_TIMEOUT + PROMISE)
+            assert process.returncode in (1, 3), told
+            assert sum(line.startswith("error: ") for line in told.splitlines()) == 1, told
+            assert "Traceback" not in told
+        hosts.join()
+        processes = start(hosts, data, path)
+        for process in processes:
+            _, told = process.communicate(timeout=300)
+            assert (process.returncode, told) == (0, "")
+    finally:
+        for process in processes:
+            process.kill()
+    assert (path / "train.log").read_text().count("continuing from ") == 1
+    assert_same(load_checkpoint(tmp_path / "one"), load_checkpoint(path))
