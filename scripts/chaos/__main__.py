@@ -15,6 +15,7 @@ import logging
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(prog="scripts.chaos", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=len(FAULTS), metavar="N", help="faults to inflict, in turn")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no round after so long (default: no limit)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds of faults")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), metavar="F", help=f"of {', '.join(FAULTS)}")
     parser.add_argument(
@@ -43,12 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := [name for name in args.faults if name not in FAULTS]:
         raise ConfigError(f"--faults {unknown[0]}: there are {', '.join(FAULTS)}")
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells every continued run
-    rng, table = random.Random(args.seed), Table()
+    rng, table, started = random.Random(args.seed), Table(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         root = Path(scratch)
         make_data(root / "data")
         whole = Whole(root)
         for number in range(args.rounds):
+            if args.minutes and time.monotonic() - started > 60 * args.minutes:
+                break
             turn, place = divmod(number, len(args.faults))
             name = args.faults[place]
             fault = FAULTS[name]
