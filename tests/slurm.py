@@ -133,10 +133,8 @@ def cluster() -> Iterator[Cluster]:
         try:
             try:
                 own.start()
-            except subprocess.CalledProcessError as error:
-                if "Operation not permitted" in str(error.stderr):
-                    pytest.skip(f"a Slurm cluster needs network namespaces: {error.stderr.strip()}")
-                raise
+            except (subprocess.SubprocessError, AssertionError) as error:  # such as a container without namespaces
+                pytest.skip(f"Slurm cannot be started here: {str(getattr(error, 'stderr', None) or error).strip()}")
             yield own
         finally:
             own.stop()
@@ -154,11 +152,12 @@ def _install() -> None:
     if shutil.which("apt-get") is None:
         pytest.skip("Slurm is not installed, and there is no apt-get")
     quick = ["-qq", "-o", "Acquire::http::Timeout=5", "-o", "Acquire::Retries=0"]
-    packages = ["slurm-wlm", "munge", "iproute2", "util-linux"]
+    install = ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge", "iproute2", "util-linux"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+    # The network's part is bounded and may be cut off; the installation itself may not.
+    for words, seconds in ((["update"], 60), ([*install, "--download-only"], 90), (install, None)):
         try:
-            _run("apt-get", *quick, *words, env=environment, timeout=90)
+            _run("apt-get", *quick, *words, env=environment, timeout=seconds)
         except subprocess.SubprocessError as error:
             lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
             pytest.skip(f"Slurm cannot be installed: {lines[-1] if lines else error}")
