@@ -40,15 +40,15 @@ def check_samples(
     root = Path(data_root)
     check_root(root)
     found: set[int] = set()
-    two_ways = []
+    two_ways, first, labels = [], None, 0  # nothing that grows with the list
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
         checked = _map(pool, lambda sample: _check_sample(sample, root, nclass, label_map or {}, label_colors), samples)
         for sample, (values, shown) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
-            if can_be_read_two_ways(values, shown, nclass, label_map):
-                two_ways.append(root / sample.label)
-    labels = [sample.label for sample in samples if sample.label]
-    if labels and (fault := mask_fault(root / labels[0], len(labels), found, label_map)):
+            if not two_ways and can_be_read_two_ways(values, shown, nclass, label_map):
+                two_ways = [root / sample.label]
+            first, labels = first or sample.label, labels + bool(sample.label)
+    if first and (fault := mask_fault(root / first, labels, found, label_map)):
         raise fault
     if fault := mixed_fault(two_ways, found):
         raise fault

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+import numpy as np
 
 from dataset.errors import DataError
+from dataset.samples import Sample, Samples, SamplesWriter
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 ALLOW_OUTSIDE = "allow_outside_root: true permits that"
@@ -22,65 +24,134 @@ HEADINGS = frozenset(
     ("image", "images", "img", "file", "filename", "file_name", "path", "image_path", "image_name", "image_id", "id")
     + ("label", "labels", "label_path", "mask", "masks", "mask_path", "annotation", "annotations", "gt", "target")
 )
+Progress = Callable[[Iterator[Any], int], Iterable[Any]]
+FIRST_BLOCK, BLOCK = 2**16, 2**22  # bytes of a list that are read at once
+# By byte: whether it needs a closer look. White space but for a space and a line feed, what begins a comment, no ASCII.
+_UNUSUAL = np.array([chr(code) not in " \n" and (chr(code) == "#" or not 33 <= code <= 126) for code in range(256)])
 
 
-class Sample(NamedTuple):
-    """One line of a list: paths relative to the data root; an unlabelled line may have no label."""
-
-    image: str
-    label: str | None
-
-
-def read_list(path: str | Path, labels: bool = True, inside: str | Path | None = None) -> list[Sample]:
+def read_list(
+    path: str | Path,
+    labels: bool = True,
+    inside: str | Path | None = None,
+    progress: Progress = lambda blocks, total: blocks,
+) -> Samples:
     """Read a list file: `image label` or just `image` a line, blank lines and `#` comments allowed.
 
     Columns are separated by white space. A line with a tab in it, were it the line's last character, is split at tabs
     only, so that names may contain spaces. With `labels`, every line must have a label. With `inside`, the data root,
-    no path may leave that folder. Raises DataError for a missing, empty or malformed list.
+    no path may leave that folder. `progress` wraps the iterator over the file's blocks, whose number it gets too.
+    Raises DataError for a missing, empty or malformed list.
     """
-    samples, root = [], None if inside is None else os.path.abspath(inside)
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        line = line.lstrip()
-        if not line or line.startswith("#"):
-            continue
-        columns = [column.strip() for column in re.split(r"\t+", line.rstrip())] if "\t" in line else line.split()
-        if not samples and {word.strip("\"'").lower() for word in re.split(r"[\s,;]+", line) if word} <= HEADINGS:
-            raise DataError(f"{path}:{number}: '{line.strip()}' is a heading, no image: remove the line")
-        if len(columns) > 2:
-            raise DataError(
-                f"{path}:{number}: expected `image label`, found {len(columns)} columns "
-                "(put a tab between the columns where names contain spaces)"
-            )
-        if labels and len(columns) < 2:
-            hint = " (a tab, also at the line's end, makes tabs its only separators)" if "\t" in line else ""
-            hint = hint or (" (white space separates the two, not a comma)" if "," in line else "")
-            raise DataError(
-                f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
-            )
-        for column in columns:
-            # Most paths are plain: only one that begins with / or goes up can lie outside.
-            if root is not None and (column.startswith("/") or ".." in column) and not is_inside(column, root):
-                raise DataError(f"{path}:{number}: {column} lies outside data_root ({inside}); {ALLOW_OUTSIDE}")
-        samples.append(Sample(columns[0], columns[1] if len(columns) == 2 else None))
-    if not samples:
+    return _read(path, "required" if labels else "kept", inside, progress)
+
+
+def _read(path: str | Path, labels: str, inside: str | Path | None, progress: Progress) -> Samples:
+    """`labels`: required, kept where there are any, or dropped."""
+    reader, writer, number = _LineReader(path, labels, inside), SamplesWriter(), 0
+    for block in progress(_blocks(path), 1 + _file_size(path) // BLOCK):
+        # The first block is read with care: only there can be a heading.
+        records = reader.plain_records(block) if writer.count else None
+        if records is not None:
+            writer.write_records(*records)
+            number += len(records[1])
+        else:
+            lines = _decode(path, block, first=number == 0).splitlines()
+            writer.write(list(reader.samples(lines, number + 1, writer.count == 0)))
+            number += len(lines)
+    if not writer.count:
         raise DataError(f"{path}: the list is empty")
-    return samples
+    return writer.finish()
 
 
-def _read_text(path: str | Path) -> str:
+class _LineReader:
+    """The lines of one list."""
+
+    def __init__(self, path: str | Path, labels: str, inside: str | Path | None) -> None:
+        self.path, self.labels, self.inside = path, labels, inside
+        self.root = None if inside is None else os.path.abspath(inside)
+
+    def plain_records(self, block: bytes) -> tuple[bytes, np.ndarray] | None:
+        """The records of Samples, and their lengths, of a block that holds nothing unusual; else None.
+
+        That is ASCII, each line `image`, or each line `image label` with one space between. A hundred times as fast.
+        """
+        if self.root is not None and (block[:1] == b"/" or any(part in block for part in (b"..", b"\n/", b" /"))):
+            return None
+        block = block if block.endswith(b"\n") else block + b"\n"
+        codes = np.frombuffer(block, np.uint8)
+        if _UNUSUAL[codes].any():
+            return None
+        ends, spaces = np.flatnonzero(codes == ord("\n")), np.flatnonzero(codes == ord(" "))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        if len(spaces) == 0 and self.labels != "required" and (starts < ends).all():
+            return block.replace(b"\n", b"\t\n"), ends - starts + 2
+        if len(spaces) == len(ends) and (starts < spaces).all() and (spaces + 1 < ends).all():
+            if self.labels == "dropped":
+                return re.sub(rb" [^\n]*", b"\t", block), spaces - starts + 2
+            return block.replace(b" ", b"\t"), ends - starts + 1
+        return None
+
+    def samples(self, lines: Sequence[str], start: int, first: bool) -> Iterator[Sample]:
+        """The samples of `lines`, counted from `start`; `first`: no sample came before."""
+        path, root = self.path, self.root
+        for number, line in enumerate(lines, start):
+            line = line.lstrip()
+            if not line or line.startswith("#"):
+                continue
+            columns = [column.strip() for column in re.split(r"\t+", line.rstrip())] if "\t" in line else line.split()
+            if first and {word.strip("\"'").lower() for word in re.split(r"[\s,;]+", line) if word} <= HEADINGS:
+                raise DataError(f"{path}:{number}: '{line.strip()}' is a heading, no image: remove the line")
+            first = False
+            if len(columns) > 2:
+                raise DataError(
+                    f"{path}:{number}: expected `image label`, found {len(columns)} columns "
+                    "(put a tab between the columns where names contain spaces)"
+                )
+            if self.labels == "required" and len(columns) < 2:
+                hint = " (a tab, also at the line's end, makes tabs its only separators)" if "\t" in line else ""
+                hint = hint or (" (white space separates the two, not a comma)" if "," in line else "")
+                raise DataError(
+                    f"{path}:{number}: {columns[0]} has no label beside it; a labelled line is `image label`{hint}"
+                )
+            for column in columns:
+                # Most paths are plain: only one that begins with / or goes up can lie outside.
+                if root is not None and (column.startswith("/") or ".." in column) and not is_inside(column, root):
+                    raise DataError(
+                        f"{path}:{number}: {column} lies outside data_root ({self.inside}); {ALLOW_OUTSIDE}"
+                    )
+            yield Sample(columns[0], columns[1] if len(columns) == 2 and self.labels != "dropped" else None)
+
+
+def _file_size(path: str | Path) -> int:
     try:
-        content = Path(path).read_bytes()
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0  # reading it tells why
+
+
+def _blocks(path: str | Path) -> Iterator[bytes]:
+    """The file in blocks of whole lines; the first is a short one."""
+    try:
+        with open(path, "rb") as file:
+            block = file.read(FIRST_BLOCK) + file.readline()
+            yield block.removeprefix(codecs.BOM_UTF8)  # some Windows programs begin a file with a mark
+            while block := file.read(BLOCK):
+                yield block + file.readline()
     except FileNotFoundError:
         raise DataError(f"{path}: no such list file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable list file: {error}") from None
+
+
+def _decode(path: str | Path, block: bytes, first: bool) -> str:
     try:
-        text = content.decode("utf-8-sig")  # some Windows programs begin a file with a mark
+        text = block.decode("utf-8")
         if "\0" not in text:
             return text
     except ValueError:
         pass
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:64]
+    wide = first and (block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in block[:64])
     found = "UTF-16 text" if wide else "no UTF-8 text"
     raise DataError(f"{path}: not a readable list file: {found}; save it as UTF-8")
 
@@ -92,26 +163,29 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
 
 
 def find_unlabeled(
-    source: str | Path, data_root: str | Path, labeled: Sequence[Sample], allow_outside: bool = False
-) -> list[Sample]:
+    source: str | Path,
+    data_root: str | Path,
+    labeled: Sequence[Sample],
+    allow_outside: bool = False,
+    progress: Progress = lambda blocks, total: blocks,
+) -> Samples:
     """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
 
     Their labels, listed or not, are dropped here: nothing after this could open one. Unless `allow_outside`, no path
-    may leave `data_root`. Raises DataError.
+    may leave `data_root`. `progress` as in `read_list`. Raises DataError.
     """
     folder = Path(data_root) / source
     if Path(source).is_file():
-        listed = read_list(source, labels=False, inside=None if allow_outside else data_root)
-        images = [sample.image for sample in listed]
+        images = _read(source, "dropped", None if allow_outside else data_root, progress)
     elif not allow_outside and not is_inside(source, data_root):
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
     elif folder.is_dir():
-        images = images_in(folder, Path(data_root))
+        images = Samples.of(Sample(image, None) for image in images_in(folder, Path(data_root)))
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
-    root = os.path.abspath(data_root)  # once, not for each of millions of images
-    taken = {location(root, sample.image) for sample in labeled}
-    samples = [Sample(image, None) for image in images if location(root, image) not in taken]
+    root = os.path.abspath(data_root)
+    taken = set(Samples.of(labeled).places(root))
+    samples = images.keep(np.fromiter((place not in taken for place in images.places(root)), bool, len(images)))
     if not samples:
         raise DataError(f"{source}: no unlabelled image in it ({len(images)} images, all of them labelled)")
     return samples
@@ -119,8 +193,7 @@ def find_unlabeled(
 
 def list_digest(samples: Sequence[Sample]) -> str:
     """A short fingerprint of a list's content, to notice that a resumed run was given other images."""
-    text = "\n".join(f"{sample.image}\t{sample.label or ''}" for sample in samples)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    return Samples.of(samples).digest
 
 
 def images_in(folder: Path, root: Path, left_out: list[str] | None = None) -> list[str]:
@@ -172,10 +245,10 @@ def is_hidden(path: str) -> bool:
 
 def shared_images(samples: Sequence[Sample], others: Sequence[Sample], data_root: str | Path) -> list[str]:
     """The images of `samples` that are also among `others`, however either list writes their paths."""
-    root = os.path.abspath(data_root)
-    wanted = {location(root, sample.image) for sample in samples}
-    taken = {path for sample in others if (path := location(root, sample.image)) in wanted}
-    return [sample.image for sample in samples if location(root, sample.image) in taken]
+    root, samples = os.path.abspath(data_root), Samples.of(samples)
+    wanted = set(samples.places(root))
+    taken = {place for place in Samples.of(others).places(root) if place in wanted}
+    return [samples[k].image for k, place in enumerate(samples.places(root)) if place in taken] if taken else []
 
 
 def location(data_root: str | Path, image: str | Path) -> str:

@@ -35,6 +35,8 @@ class LoaderOptions(NamedTuple):
         if self.workers:  # torch refuses these for a loader that works in the training process
             arguments |= {"prefetch_factor": self.prefetch, "persistent_workers": self.persistent, "timeout": CHECK}
             jpeg_decoder()  # its library takes seconds to import: forked processes have it from here
+            if sys.platform == "linux":  # forked ones share the lists; from Python 3.14 on each would get a copy
+                arguments.setdefault("multiprocessing_context", "fork")
         start = partial(_start_worker, image_pixel_limit())
         return kind(dataset, num_workers=self.workers, pin_memory=self.pin_memory, worker_init_fn=start, **arguments)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -72,23 +71,27 @@ class EpochSampler(Sampler[Key]):
         return math.ceil(self.length / self.processes) // self.per_step * self.per_step
 
     def __iter__(self) -> Iterator[Key]:
-        return islice(self._keys(), self.start, None)
-
-    def _keys(self) -> Iterator[Key]:
         pool = max(self.num_labeled, self.length)
-        order_x = self._own_share(stream(self.seed, ORDER_X, self.epoch).permutation(pool)[: self.length])
+        own_x = self._own_share(stream(self.seed, ORDER_X, self.epoch).permutation(pool)[: self.length])
         if self.num_unlabeled is None:
-            yield from (Key(self.epoch, int(x)) for x in order_x)
+            yield from (Key(self.epoch, int(x)) for x in own_x)
             return
         order_u = stream(self.seed, ORDER_U, self.epoch).permutation(self.length)
-        order_mix = {
-            "same_image": order_u,
-            "other_image": np.roll(order_u, -1),  # the next one in the epoch's order, so never the image itself
-            "reversed_batch": np.full_like(order_u, -1),
-        }[self.partner]
-        for x, u, mix in zip(order_x, self._own_share(order_u), self._own_share(order_mix), strict=True):
+        own_u = self._own_share(order_u)
+        if self.partner == "same_image":
+            own_mix = own_u
+        elif self.partner == "other_image":
+            own_mix = self._own_share(np.roll(order_u, -1))  # the next in the epoch's order, so never the image itself
+        else:
+            own_mix = np.full_like(own_u, -1)
+        del order_u  # it may be of millions of images
+        for x, u, mix in zip(own_x, own_u, own_mix, strict=True):
             yield Key(self.epoch, int(x), int(u), int(mix))
 
     def _own_share(self, order: np.ndarray) -> np.ndarray:
-        padded = np.resize(order, math.ceil(len(order) / self.processes) * self.processes)
-        return padded[self.rank :: self.processes][: len(self)]
+        """What is left of this process's part of the order, which is repeated until all parts are equally long."""
+        positions = range(self.rank + self.start * self.processes, len(self) * self.processes, self.processes)
+        listed = order[positions.start : positions.stop : self.processes]
+        repeated = [order[position % len(order)] for position in positions[len(listed) :]]
+        # Half the memory of the order itself, of which nothing is kept.
+        return np.concatenate([listed, np.array(repeated, order.dtype)], dtype=np.int32, casting="same_kind")

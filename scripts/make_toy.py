@@ -28,7 +28,7 @@ PREVIEW_COLUMNS = 4  # pairs of image and label
 
 def preview(root: Path) -> Image.Image:
     """The labelled images and as many validation images of the set at `root`, each beside its label, enlarged."""
-    samples = read_list(root / "labeled.txt") + read_list(root / "val.txt")[:NUM_LABELED]
+    samples = [*read_list(root / "labeled.txt"), *read_list(root / "val.txt")[:NUM_LABELED]]
     cells = []
     for sample in samples:
         cells += [read_image(root / sample.image), colorize(np.asarray(read_label(root / sample.label)), PALETTE)]

@@ -3,10 +3,11 @@
 import errno
 import itertools
 import os
+import random
 
 import pytest
 
-from dataset import check
+from dataset import check, lists
 from dataset.check import check_samples
 from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list
 from tests.helpers import complaint, photo, save
@@ -57,6 +58,44 @@ def test_a_missing_empty_or_malformed_list_is_refused_with_its_line(tmp_path, co
     if content is not None:
         path.write_bytes(content)
     assert complaint(read_list, path).startswith(f"{path}{fragment}")
+
+
+LINES = ["a.jpg", "b.jpg b.png", "# no", "", "c  d", "my photo.jpg\t", "ü.jpg", "e#1.jpg e", "f\rg", "h.jpg h.png "]
+
+
+@pytest.mark.parametrize("labels", ["kept", "dropped"])
+@pytest.mark.parametrize("size", [1, 16, 50])
+def test_blocks_of_plain_lines_are_read_as_others_are(tmp_path, monkeypatch, size, labels):
+    plain = [f"{k}.jpg" for k in range(9)] + [f"{k}.jpg {k}.png" for k in range(9)]
+    random.Random(size).shuffle(mixed := [*plain, *LINES])
+    path = tmp_path / "list.txt"
+    for lines in (plain, [line.split()[0] for line in plain], mixed):
+        path.write_text("\n".join(lines), encoding="utf-8", newline="")
+        for name in ("FIRST_BLOCK", "BLOCK"):
+            monkeypatch.setattr(lists, name, 2**20)
+        expected = lists._read(path, labels, tmp_path, lambda blocks, total: blocks)
+        monkeypatch.setattr(lists, "FIRST_BLOCK", 1)
+        monkeypatch.setattr(lists, "BLOCK", size)
+        assert lists._read(path, labels, tmp_path, lambda blocks, total: blocks) == list(expected)
+        assert {sample.label for sample in expected} == {None} or labels == "kept"
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("x.jpg", ":5: x.jpg has no label beside it"),
+        ("a b c", ":5: expected `image label`"),
+        ("../x.jpg x.png", ":5: ../x.jpg lies outside data_root"),
+        ("x.jpg /x.png", ":5: /x.png lies outside data_root"),
+        ("\udce4.jpg x.png", ": not a readable list file: no UTF-8 text"),
+    ],
+)
+def test_a_fault_in_a_later_block_is_told_with_its_line(tmp_path, monkeypatch, line, fragment):
+    for name in ("FIRST_BLOCK", "BLOCK"):
+        monkeypatch.setattr(lists, name, 1)
+    path = tmp_path / "list.txt"
+    path.write_bytes(f"# c\na.jpg a.png\nb.jpg b.png\nc.jpg c.png\n{line}\n".encode("utf-8", "surrogateescape"))
+    assert complaint(read_list, path, inside=tmp_path).startswith(f"{path}{fragment}")
 
 
 def test_a_folder_in_place_of_a_list_is_refused(tmp_path):

@@ -128,6 +128,23 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(unlabeled):
         assert [key.labeled for key in first] != [key.unlabeled for key in first]  # two orders, not one
 
 
+@pytest.mark.parametrize("partner", ["same_image", "other_image", "reversed_batch"])
+@pytest.mark.parametrize("labeled, unlabeled, processes", [(5, 40, 1), (60, 41, 3), (5, 7, 4), (13, None, 2)])
+def test_the_order_is_that_of_whole_padded_permutations(labeled, unlabeled, processes, partner):
+    """Runs that were begun by earlier versions go on in the same order, also from the middle of an epoch."""
+    length = unlabeled or labeled
+    x = stream(7, 0, 2).permutation(max(labeled, length))[:length]
+    u = stream(7, 1, 2).permutation(length) if unlabeled else np.full(length, -1)
+    mix = {"same_image": u, "other_image": np.roll(u, -1), "reversed_batch": np.full(length, -1)}[partner]
+    for rank in range(processes):
+        sampler = EpochSampler(labeled, unlabeled, 1, 7, rank, processes, partner)
+        padded = [np.resize(order, -(-length // processes) * processes)[rank::processes] for order in (x, u, mix)]
+        expected = [Key(2, *map(int, values)) for values in zip(*padded, strict=True)]
+        for start in (0, 1):
+            sampler.set_epoch(2, start)
+            assert list(sampler) == expected[start:]
+
+
 def test_a_sampler_can_be_walked_through_twice():
     sampler = EpochSampler(5, 20, 4, 0)
     assert list(sampler) == list(sampler)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from tests.helpers import PROJECT_ROOT, make_dataset, run_script
-from util.screen import SteadyStream, steady_output
+from util import screen
+from util.screen import SteadyStream, show_progress, steady_output
 
 NAMES = ["фон", "naïve 🌿", "line\nbreak"]
 
@@ -24,6 +25,13 @@ def test_what_an_encoding_lacks_is_written_in_ascii():
     SteadyStream(stream).write("naïve фон \udce4\n")
     stream.flush()
     assert stream.buffer.getvalue() == "naïve \\u0444\\u043e\\u043d \\udce4\n".encode("cp1252")
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch, capsys):
+    seconds = iter(range(0, 1000, 25))
+    monkeypatch.setattr(screen.time, "monotonic", lambda: next(seconds))
+    assert list(show_progress("checking data", "samples", iter("abcdef"), 6)) == list("abcdef")
+    assert capsys.readouterr().err == "checking data: 3 of 6 samples\nchecking data: 6 of 6 samples\n"
 
 
 class Broken(io.StringIO):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.lists import Sample, find_unlabeled, is_hidden, list_digest, read_list, shared_images
+from dataset.lists import Progress, find_unlabeled, is_hidden, list_digest, read_list, shared_images
+from dataset.samples import Sample, Samples
 from util.config import Config, resolve_path
 from util.errors import ConfigError
 
@@ -14,26 +15,41 @@ from util.errors import ConfigError
 class Lists(NamedTuple):
     """Labelled, unlabelled (None: the method uses none) and validation images."""
 
-    labeled: list[Sample]
-    unlabeled: list[Sample] | None
-    val: list[Sample]
+    labeled: Samples
+    unlabeled: Samples | None
+    val: Samples
 
 
-def find_lists(method: str, cfg: Config, labeled_path: str, unlabeled_path: str | None) -> Lists:
-    """Read the lists that the command line and the config name. Raises ConfigError or DataError."""
+def find_lists(
+    method: str,
+    cfg: Config,
+    labeled_path: str,
+    unlabeled_path: str | None,
+    progress: Progress = lambda blocks, total: blocks,
+) -> Lists:
+    """Read the lists that the command line and the config name. Raises ConfigError or DataError.
+
+    Each process reads them for itself: that takes a second per million lines, and every fault is found before the
+    process group starts. `progress` as `read_list` has it.
+    """
     data_root = resolve_path(cfg.data_root)
     inside = None if cfg.allow_outside_root else data_root
-    labeled = read_list(resolve_path(labeled_path), inside=inside)
-    val = read_list(resolve_path(cfg.val_id_path), inside=inside)
+    labeled = read_list(resolve_path(labeled_path), inside=inside, progress=progress)
+    val = read_list(resolve_path(cfg.val_id_path), inside=inside, progress=progress)
     if method == "supervised":
         return Lists(labeled, None, val)
-    unlabeled = list_unlabeled(cfg, unlabeled_path, labeled)
+    unlabeled = list_unlabeled(cfg, unlabeled_path, labeled, progress)
     if unlabeled is None:
         raise ConfigError("no unlabelled images: give --unlabeled-id-path, or unlabeled_id_path in the config")
     return Lists(labeled, unlabeled, val)
 
 
-def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> list[Sample] | None:
+def list_unlabeled(
+    cfg: Config,
+    given: str | None,
+    labeled: Sequence[Sample],
+    progress: Progress = lambda blocks, total: blocks,
+) -> Samples | None:
     """The unlabelled images, from `given` on the command line or else the config; None if neither names any.
 
     Raises DataError.
@@ -43,7 +59,7 @@ def list_unlabeled(cfg: Config, given: str | None, labeled: list[Sample]) -> lis
         return None
     listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
     source = listed if listed.is_file() else source
-    return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
+    return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root, progress)
 
 
 def identify(method: str, lists: Lists) -> dict[str, str]:
@@ -66,8 +82,12 @@ def describe_doubts(lists: Lists, data_root: Path) -> Iterator[str]:
                 f"{shared[0]}: mIoU will say little about new images"
             )
     for name, samples in named.items():
-        if hidden := [sample.image for sample in samples if is_hidden(sample.image)]:
+        hidden, first = 0, ""
+        for image, _ in samples:
+            if is_hidden(image):
+                hidden, first = hidden + 1, first or image
+        if hidden:
             yield (
-                f"warning: {len(hidden)} of {len(samples)} {name} images are hidden or in a hidden folder, such as "
-                f"{hidden[0]}: copies that a program keeps for itself are rarely meant"
+                f"warning: {hidden} of {len(samples)} {name} images are hidden or in a hidden folder, such as "
+                f"{first}: copies that a program keeps for itself are rarely meant"
             )

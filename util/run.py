@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 import yaml
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset.cache import ImageCache, open_cache
 from dataset.check import check_samples
@@ -59,6 +57,7 @@ from util.resume import Found, find_checkpoint
 from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS
 from util.run_info import hyperparameters, write_info
 from util.schedule import build_optimizer
+from util.screen import show_progress
 from util.signals import outside_training
 from util.teacher import Teacher
 
@@ -176,7 +175,8 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         check_precision(cfg, device, processes.count)
         set_backends(cfg)
         check_handover(loader_options(cfg, device).workers)
-        lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path)
+        reading = partial(show_progress, "reading lists", "blocks") if processes.is_main else _silently
+        lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading)
         unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
         check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
         save_path, found = Path(args.save_path), Found(None)
@@ -252,26 +252,17 @@ def _check_start(cfg: Config, found: Found) -> list[str]:
     return []
 
 
+def _silently(items: Iterator[Any], total: int) -> Iterator[Any]:
+    return items
+
+
 def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
     """Check every listed file. Raises DataError; returns warnings for the log."""
-    data_root = resolve_path(cfg.data_root)
+    data_root, checking = resolve_path(cfg.data_root), partial(show_progress, "checking data", "samples")
     for samples in (lists.labeled, lists.unlabeled or [], lists.val):
-        options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "progress": _show_checking}
+        options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "progress": checking}
         check_samples(samples, data_root, cfg.nclass, **options)
     return describe_doubts(lists, data_root)
-
-
-def _show_checking(checked: Iterator[Any], total: int) -> Iterator[Any]:
-    """On a terminal a bar, else a line a minute; nothing for a check of seconds."""
-    if sys.stderr.isatty():
-        yield from tqdm(checked, total=total, desc="checking data", delay=3, leave=False, dynamic_ncols=True)
-        return
-    told = time.monotonic()
-    for number, item in enumerate(checked, 1):
-        if time.monotonic() - told >= 60:
-            told = time.monotonic()
-            print(f"checking data: {number} of {total} samples", file=sys.stderr, flush=True)
-        yield item
 
 
 def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:

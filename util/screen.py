@@ -1,16 +1,22 @@
-"""Standard output and standard error that never end a run: what they cannot take is left out or written in ASCII."""
+"""Standard output and standard error that never end a run, and the progress of what takes long before training."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from tqdm import tqdm
+
 
 class SteadyStream:
-    """A text stream whose writes cannot fail: a closed pipe, terminal or file, or a full disk, swallow the text."""
+    """A text stream whose writes cannot fail: a closed pipe, terminal or file, or a full disk, swallow the text.
+
+    What its encoding lacks is written in ASCII.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -54,3 +60,16 @@ def steady_output() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def show_progress(what: str, unit: str, items: Iterator[Any], total: int) -> Iterator[Any]:
+    """The items; meanwhile a bar on a terminal, else a line a minute, and nothing for what takes seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what, unit=unit, delay=3, leave=False, dynamic_ncols=True)
+        return
+    told = time.monotonic()
+    for number, item in enumerate(items, 1):
+        if time.monotonic() - told >= 60:
+            told = time.monotonic()
+            print(f"{what}: {number} of {total} {unit}", file=sys.stderr, flush=True)
+        yield item
