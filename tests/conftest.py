@@ -21,6 +21,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and torch sees none")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU and, for tests then marked gpu, a GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def draws_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, channel dropout draws what it draws on the CPU, as for the reference figures."""
+    draw = torch.nn.functional.dropout2d
+    monkeypatch.setattr(torch.nn.functional, "dropout2d", lambda x, *args, **more: draw(x.cpu(), *args, **more).to(x))
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> TinyData:
     """A tiny data set of the test's own, to be spoiled at will; modules that train on one share one of their own."""

@@ -56,7 +56,7 @@ def test_state_dict_has_the_published_names_order_and_shapes(size):
 
 
 @torch.no_grad()
-def test_a_block_of_the_giant_gives_the_figures_of_the_release():
+def test_a_block_of_the_giant_gives_the_figures_of_the_release(device):
     figures = FIGURES["giant_block"]
     with torch.device("meta"):
         block = create_backbone("dinov2_giant").blocks[0]
@@ -65,7 +65,7 @@ def test_a_block_of_the_giant_gives_the_figures_of_the_release():
     state = reference_state_v2({prefix + name: shape for name, shape in figures["tensors"]})
     block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, assign=True)
     tokens = torch.from_numpy(formulas.image(FIGURES["seed"] + 4, 1, 7, 1536, 1)[:, 0])
-    check_summary(block.double()(tokens.double()), figures["output"], rtol=1e-6)
+    check_summary(block.to(device, torch.float64)(tokens.to(device, torch.float64)), figures["output"], rtol=1e-6)
 
 
 # ---- tokens

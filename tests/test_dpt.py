@@ -65,36 +65,38 @@ def test_state_dict_has_the_published_names_order_and_shapes(size):
 
 
 @torch.no_grad()
-def check_forward(model, figures):
-    image = reference_image(SEED, 2, 70, 84)
+def check_forward(model, figures, device):
+    model, image = model.to(device), reference_image(SEED, 2, 70, 84).to(device)
     features = model.backbone(image)
     for tokens, summary in zip(features, figures["features"], strict=True):
         check_summary(tokens, summary, rtol=1e-6)
     check_summary(model.backbone.positions((5, 6)), figures["pos_embed_5x6"], rtol=1e-6)
     check_summary(model.head(features, (5, 6)), figures["head_before_upsampling"], rtol=1e-6)
     check_summary(model(image), figures["eval_logits"], rtol=1e-6)
-    check_summary(model(reference_image(SEED + 1, 1, 98, 56)), figures["eval_logits_odd"], rtol=1e-6)
+    check_summary(model(reference_image(SEED + 1, 1, 98, 56).to(device)), figures["eval_logits_odd"], rtol=1e-6)
 
 
-def test_forward_gives_the_figures_of_the_release(small):
-    check_forward(small, FIGURES["forward"]["small"])
+def test_forward_gives_the_figures_of_the_release(small, device):
+    check_forward(small, FIGURES["forward"]["small"], device)
     with torch.no_grad():
-        logits = small(reference_image(SEED + 3, 1, 14, 28))
+        logits = small(reference_image(SEED + 3, 1, 14, 28).to(device))
+    small.cpu()
     check_summary(logits, FIGURES["forward"]["small"]["eval_logits_14"], rtol=1e-6)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_forward_at_the_trained_size_gives_the_figures_of_the_release(small):
-    logits = small(reference_image(SEED + 2, 1, 518, 518))
+def test_forward_at_the_trained_size_gives_the_figures_of_the_release(small, device):
+    logits = small.to(device)(reference_image(SEED + 2, 1, 518, 518).to(device))
+    small.cpu()
     check_summary(logits, FIGURES["forward"]["small"]["eval_logits_518"], rtol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["base", "large"])
-def test_forward_of_larger_encoders_gives_the_figures_of_the_release(size):
+def test_forward_of_larger_encoders_gives_the_figures_of_the_release(size, device):
     figures = FIGURES["forward"][size]
-    check_forward(with_reference_weights(make(size, figures["nclass"])), figures)
+    check_forward(with_reference_weights(make(size, figures["nclass"])), figures, device)
 
 
 @pytest.mark.parametrize("batch", COMPLEMENTARY["batches"])
@@ -119,9 +121,9 @@ def test_values_of_complementary_dropout_over_many_batches_are_those_of_the_rele
 
 
 @torch.no_grad()
-def test_logits_with_complementary_dropout_are_those_of_the_release():
-    model = with_reference_weights(make())
-    views = torch.cat([reference_image(SEED + k, 3, 56, 70) for k in (5, 6)])
+def test_logits_with_complementary_dropout_are_those_of_the_release(device):
+    model = with_reference_weights(make()).to(device)
+    views = torch.cat([reference_image(SEED + k, 3, 56, 70) for k in (5, 6)]).to(device)
     torch.manual_seed(SEED)
     check_summary(model(views, comp_drop=True), COMPLEMENTARY["logits"], rtol=1e-6)
     check_summary(model(views), COMPLEMENTARY["logits_without"], rtol=1e-6)

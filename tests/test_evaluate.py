@@ -79,9 +79,10 @@ def reference_model(reference_samples):
 
 
 @pytest.mark.parametrize("name", FIGURES["evaluate"])
-def test_evaluation_gives_the_reference_figures(name, reference_model, reference_samples):
+def test_evaluation_gives_the_reference_figures(name, reference_model, reference_samples, device):
     mode, crop_size = name.split("/")
-    result = evaluate(reference_model, reference_samples, mode, int(crop_size), 19, "cpu")
+    result = evaluate(reference_model.to(device), reference_samples, mode, int(crop_size), 19, device)
+    reference_model.cpu()
     assert result.iou.tolist() == pytest.approx(FIGURES["evaluate"][name]["iou"], rel=1e-4, abs=1e-9)
     assert result.miou == pytest.approx(FIGURES["evaluate"][name]["mIoU"], rel=1e-5)
 

@@ -41,12 +41,13 @@ def model(big):
 
 
 @torch.no_grad()
-def test_the_networks_logits_are_the_releases(model, big):
-    check_summary(model(big), FIGURES["evaluate_first_logits"])
+def test_the_networks_logits_are_the_releases(model, big, device):
+    check_summary(model.to(device)(big.to(device)), FIGURES["evaluate_first_logits"])
+    model.cpu()
 
 
 @pytest.mark.parametrize("figures", FIGURES["evaluate"], ids=lambda one: f"{one['mode']}-{one['crop_size']}")
-def test_evaluation_gives_the_reference_figures_of_v2(model, big, figures):
+def test_evaluation_gives_the_reference_figures_of_v2(model, big, figures, device):
     samples = [
         (
             big[:, :, 5 * i : 5 * i + height, 7 * i : 7 * i + width],
@@ -54,7 +55,8 @@ def test_evaluation_gives_the_reference_figures_of_v2(model, big, figures):
         )
         for i, (height, width) in enumerate(figures["sizes"])
     ]
-    result = evaluate(model, samples, figures["mode"], figures["crop_size"], 19, "cpu")
+    result = evaluate(model.to(device), samples, figures["mode"], figures["crop_size"], 19, device)
+    model.cpu()
     assert result.iou.tolist() == pytest.approx(figures["iou"], rel=1e-5, abs=1e-6)
     assert result.miou == pytest.approx(figures["miou"], rel=1e-6)
 

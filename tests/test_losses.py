@@ -54,10 +54,10 @@ def _kept(logits: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize("name", FIGURES["ohem"])
-def test_ohem_gives_the_reference_figures(name):
+def test_ohem_gives_the_reference_figures(name, device):
     case = FIGURES["ohem"][name]
-    logits = torch.from_numpy(2 * formulas.image(SEED + 3, 2, 23, 31, 7)).double().requires_grad_()
-    label = torch.from_numpy(formulas.mask(SEED + 4, 2, 23, 31, 7))
+    logits = torch.from_numpy(2 * formulas.image(SEED + 3, 2, 23, 31, 7)).double().to(device).requires_grad_()
+    label = torch.from_numpy(formulas.mask(SEED + 4, 2, 23, 31, 7)).to(device)
     loss = OhemCrossEntropy(255, **case["kwargs"])(logits, label)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-6)

@@ -68,12 +68,13 @@ def test_state_dict_has_the_published_names_order_and_shapes(backbone):
     assert sum(p.numel() for p in model.parameters()) == FIGURES["forward"][backbone]["n_params"]
 
 
+@pytest.mark.usefixtures("draws_of_the_cpu")
 @pytest.mark.parametrize("backbone", FIGURES["forward"])
 @torch.no_grad()
-def test_forward_gives_the_figures_of_the_release(backbone):
+def test_forward_gives_the_figures_of_the_release(backbone, device):
     figures = FIGURES["forward"][backbone]
-    model = with_reference_weights(make(backbone, figures["nclass"]))
-    image = reference_image(SEED, 2, 65, 81)
+    model = with_reference_weights(make(backbone, figures["nclass"])).to(device)
+    image = reference_image(SEED, 2, 65, 81).to(device)
     features = {}
     handle = model.backbone.register_forward_hook(lambda _m, _in, out: features.update(c1=out[0], c4=out[1]))
     check_summary(model(image), figures["eval_logits"])
@@ -89,13 +90,13 @@ def test_forward_gives_the_figures_of_the_release(backbone):
     check_summary(model.backbone.bn1.running_mean, figures["running_mean_after_train"])
     check_summary(model.backbone.bn1.running_var, figures["running_var_after_train"])
 
-    check_summary(model.eval()(reference_image(SEED + 1, 1, 50, 71)), figures["eval_logits_odd"])
+    check_summary(model.eval()(reference_image(SEED + 1, 1, 50, 71).to(device)), figures["eval_logits_odd"])
 
 
 @torch.no_grad()
-def test_forward_at_output_stride_8_gives_the_figures_of_the_release():
-    model = with_reference_weights(make("resnet50", 19, (12, 24, 36), OS8))
-    check_summary(model(reference_image(SEED, 1, 65, 65)), FIGURES["forward_os8_resnet50"])
+def test_forward_at_output_stride_8_gives_the_figures_of_the_release(device):
+    model = with_reference_weights(make("resnet50", 19, (12, 24, 36), OS8)).to(device)
+    check_summary(model(reference_image(SEED, 1, 65, 65).to(device)), FIGURES["forward_os8_resnet50"])
 
 
 # ---- architecture

@@ -47,14 +47,16 @@ def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torc
     return STEP[method](model, batch, criterion, conf_thresh, backward)
 
 
+@pytest.mark.usefixtures("draws_of_the_cpu")
 @pytest.mark.parametrize("name", sorted(FIGURES["steps"]))
-def test_eight_steps_equal_the_reference_figures(name):
+def test_eight_steps_equal_the_reference_figures(name, device):
     method, criterion_name = name.split("/")
     expected = FIGURES["steps"][name]
     model = make_model(backbone="resnet50")
     start = reference_state(model)
     model.load_state_dict(start)
-    model.double().to(memory_format=torch.channels_last)  # float64 convolutions are faster so on the CPU
+    # float64 convolutions are faster so on the CPU
+    model.to(device, torch.float64).to(memory_format=torch.channels_last)
     criterion = build_criterion(SimpleNamespace(criterion=Criterion(criterion_name, thresh=0.3, min_kept=1500)))
     optimizer = build_optimizer(model, lr=1e-4, lr_multi=5)
     assert [len(group["params"]) for group in optimizer.param_groups] == expected["groups"]
@@ -63,7 +65,8 @@ def test_eight_steps_equal_the_reference_figures(name):
     for i in range(STEPS):
         set_poly_lr(optimizer, i, STEPS)
         optimizer.zero_grad()
-        metrics = _run(method, model, _batch(i), criterion, 0.35)
+        batch = tree_map_only(torch.Tensor, lambda x: x.to(device), _batch(i))
+        metrics = _run(method, model, batch, criterion, 0.35)
         optimizer.step()
         for key, value in metrics.items():
             assert value.ndim == 0 and not value.requires_grad
@@ -75,7 +78,7 @@ def test_eight_steps_equal_the_reference_figures(name):
     state = model.state_dict()
     for tensor_name, summary in expected["final"].items():
         check_summary(state[tensor_name], summary, rtol=1e-5)
-        change = (state[tensor_name].double() - start[tensor_name].double()).norm()
+        change = (state[tensor_name].double().cpu() - start[tensor_name].double()).norm()
         assert float(change) == pytest.approx(summary["update_l2"], rel=1e-5), tensor_name
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from dataset.views import UnlabeledViews
 from fixmatch import fixmatch_step
@@ -51,13 +52,13 @@ def _run(method: str, model, teacher, batch, criterion, conf_thresh, backward=to
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FIGURES["steps"]))
-def test_eight_steps_equal_the_reference_figures(name):
+def test_eight_steps_equal_the_reference_figures(name, device):
     method, criterion_name, *locked = name.split("/")
     expected = FIGURES["steps"][name]
     model = _model()
     start = reference_state_v2(model)
     model.load_state_dict(start)
-    model.double()
+    model.to(device, torch.float64)
     model.backbone.requires_grad_(not locked)
     teacher = Teacher(model)
     criterion = build_criterion(SimpleNamespace(criterion=Criterion(criterion_name, thresh=0.3, min_kept=1500)))
@@ -67,7 +68,8 @@ def test_eight_steps_equal_the_reference_figures(name):
     for i in range(STEPS):
         set_poly_lr(optimizer, i, STEPS)
         optimizer.zero_grad()
-        metrics = _run(method, model, teacher, _batch(i), criterion, expected["conf_thresh"])
+        batch = tree_map_only(torch.Tensor, lambda x: x.to(device), _batch(i))
+        metrics = _run(method, model, teacher, batch, criterion, expected["conf_thresh"])
         optimizer.step()
         teacher.update(model)
         for key, value in metrics.items():
@@ -81,7 +83,7 @@ def test_eight_steps_equal_the_reference_figures(name):
     for network, part in ((model, ""), (teacher.model, "ema")):
         if part and "ema" not in expected:
             continue
-        state = network.state_dict()
+        state = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
         for tensor_name, summary in expected[part or "final"].items():
             check_summary(state[tensor_name], summary, rtol=1e-5)
             change = (state[tensor_name].double() - start[tensor_name].double()).norm()

@@ -1,0 +1,98 @@
+"""Whole runs on a GPU: compiled, recorded, repeated, killed and resumed, out of memory, and on two GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, make_dataset, run_script
+
+pytestmark = pytest.mark.gpu
+ON_GPU = ("--set", "device=cuda")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Four steps of UniMatch an epoch."""
+    return make_dataset(tmp_path_factory.mktemp("data"), labeled=4, unlabeled=8)
+
+
+def train(data: TinyData, save_path: Path, *settings: str, method: str = "unimatch") -> list[float]:
+    """The losses of a run's steps, as its log has them."""
+    done = run_script(f"{method}.py", *data.arguments(save_path), *ON_GPU, "conf_thresh=0.3", *settings)
+    assert done.returncode == 0, done.stderr
+    return losses(save_path)
+
+
+def losses(save_path: Path) -> list[float]:
+    """Of every logged step."""
+    return [float(value) for value in re.findall(r"  loss ([\d.]+)", (save_path / "train.log").read_text())]
+
+
+def test_compiled_and_recorded_runs_reach_their_end_with_the_same_losses(tiny, tmp_path):
+    expected = train(tiny, tmp_path / "eager")
+    assert len(expected) == 4
+    for keys in (["compile=true"], ["cuda_graphs=true"], ["compile=true", "cuda_graphs=true"]):
+        found = train(tiny, tmp_path / "-".join(keys), *keys)
+        assert found == pytest.approx(expected, rel=0.02, abs=2e-3), keys
+
+
+def test_deterministic_runs_are_the_same_bit_for_bit_also_after_a_signal(tiny, tmp_path):
+    settings = ("deterministic=true", "epochs=3")
+    for name in ("first", "second"):
+        train(tiny, tmp_path / name, *settings)
+    command = [
+        sys.executable,
+        "unimatch.py",
+        *tiny.arguments(tmp_path / "killed"),
+        *ON_GPU,
+        "conf_thresh=0.3",
+        *settings,
+    ]
+    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        log = tmp_path / "killed/train.log"
+        for _ in range(600):
+            if process.poll() is not None or (log.exists() and "iteration 2/4" in log.read_text()):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM, process.stderr.read()
+    train(tiny, tmp_path / "killed", *settings)
+    expected = load_checkpoint(tmp_path / "first")
+    for name in ("second", "killed"):
+        found = load_checkpoint(tmp_path / name)
+        for part in ("model", "optimizer"):
+            assert_same(found[part], expected[part], name)
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(tiny, tmp_path):
+    code = (
+        "import sys, torch; torch.cuda.set_per_process_memory_fraction(1e-3); import unimatch; "
+        "from util.cli import run_main; run_main(unimatch.main)"
+    )
+    done = run_script("-c", code, *tiny.arguments(tmp_path / "run"), *ON_GPU, "crop_size=513")
+    assert done.returncode == 3
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: out of GPU memory: lower batch_size or crop_size")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_with_synchronised_batchnorm_are_one_of_twice_the_batch(tmp_path):
+    data = make_dataset(tmp_path / "data", labeled=4, unlabeled=8)
+    # Dropout and OHEM differ between processes: the supervised loss does not.
+    expected = train(data, tmp_path / "one", "batch_size=4", "epochs=3", method="supervised")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "supervised.py", *data.arguments(tmp_path / "two"), *ON_GPU]
+    done = subprocess.run(
+        [*command, "batch_size=2", "epochs=3"], cwd=PROJECT_ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=0.02, abs=2e-3)
