@@ -112,6 +112,8 @@ def test_replacements_are_other_samples_in_another_epoch(data):
     drawn = [dataset._drawn(Key(epoch, 1, 2, 2), attempt) for epoch in range(20) for attempt in range(1, TRIES)]
     assert len({key[1:] for key in drawn}) > 10
     assert all(key.partner == key.unlabeled and key.labeled < 4 and key.unlabeled < 6 for key in drawn)
+    # Where the step pastes from the reversed batch, a sample has no partner, nor has its replacement.
+    assert {dataset._drawn(Key(0, 1, 2, -1), attempt).partner for attempt in range(TRIES)} == {-1}
 
 
 def test_nothing_readable_is_an_error_that_names_a_file(data):

@@ -47,6 +47,7 @@ TOOLS = {
     "predict": [("--checkpoint", "model.pth"), ("--images", "images"), ("--out", "new"), ("--panel", None)],
     "evaluate": [("--checkpoint", "model.pth"), ("--config", None), ("--out", None)],
     "make_figures": [("--out", "new"), ("--runs", None)],
+    "export": [("--checkpoint", "model.pth"), ("--out", "mine/model.pt2")],
 }
 NUMBERS = {
     "make_splits": ["--val=1", "--val=0.5", "--labeled=1/2", "--seed=3"],
@@ -57,6 +58,7 @@ NUMBERS = {
     "predict": ["--save=overlay", "--keep-suffix", "--flip", "--colors=colorblind"],
     "evaluate": ["--flip", "--worst=1"],
     "make_figures": [],
+    "export": [],
 }
 
 
@@ -87,7 +89,7 @@ def world(tmp_path_factory) -> Path:
     cfg = load_config(data.config)
     torch.save({"model": build_model(cfg).state_dict(), "config": to_dict(cfg)}, data.root / "model.pth")
     (data.root / "mine").mkdir()
-    for name in ("report.txt", "train.txt", "metrics.json", "method.png", "val0.png", "toy.png"):
+    for name in ("report.txt", "train.txt", "metrics.json", "method.png", "val0.png", "toy.png", "model.pt2"):
         (data.root / "mine" / name).write_text("a year's work")
     os.link(data.root / "labels/val0.png", data.root / "hard.png")
     (data.root / "soft.png").symlink_to("labels/val0.png")

@@ -20,6 +20,7 @@ from scripts import predict as predict_script
 from tests.helpers import PROJECT_ROOT, make_dataset
 from util.config import load_config
 from util.palette import OKABE_ITO, colorblind_palette, perceived
+from util.prediction import Options, Predictor
 from util.tiles import tile_spans
 
 
@@ -91,6 +92,16 @@ def test_unsure_pixels_are_ignored_and_the_output_is_a_label_folder(trained, tmp
     assert [path.name for path in (tmp_path / "sure").rglob("*")] == ["val0.png"]
 
 
+@pytest.mark.parametrize(("threshold", "expected"), [(0.25, 0), (0.26, 255)])
+def test_a_pixel_as_sure_as_the_threshold_counts(threshold, expected):
+    def of_four_classes(image):
+        return image.new_zeros(len(image), 4, *image.shape[2:])
+
+    options = Options("original", 33, ((0, 0, 0),) * 4, min_confidence=threshold)
+    predictor = Predictor(of_four_classes, torch.device("cpu"), options, {})
+    assert (predictor._forward(np.zeros((5, 6, 3), np.uint8))["index"] == expected).all()
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_a_large_image_in_tiles_is_what_its_tiles_are_alone(trained, tmp_path, suffix, capsys):
     path = tmp_path / f"large.{suffix}"
@@ -126,6 +137,20 @@ def test_what_is_done_is_left_alone_and_other_options_make_it_anew(trained, tmp_
 
 
 @pytest.mark.slow
+def test_an_image_that_was_changed_in_place_is_predicted_anew_even_where_its_size_is_the_same(tmp_path):
+    predictor = Predictor(None, torch.device("cpu"), Options("original", 33, ((0, 0, 0),) * 4), {})
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"first")
+    os.utime(path, ns=(0, 1))
+    before = predictor.fingerprint(path)
+    assert predictor.fingerprint(path) == before
+    os.utime(path, ns=(0, 2))
+    assert predictor.fingerprint(path) != before
+    path.write_bytes(b"longer")
+    os.utime(path, ns=(0, 1))
+    assert predictor.fingerprint(path) != before
+
+
 def test_a_run_that_was_killed_and_continued_leaves_the_same_files(trained, tmp_path):
     folder = tmp_path / "photos"
     for index in range(60):
