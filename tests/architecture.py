@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "scripts/": ("dataset", "model", "util"),
     "scripts/benchmark/": ("dataset", "model", "util", "scripts/benchmark", ""),
     "scripts/chaos/": ("dataset", "model", "util", "scripts/chaos"),
+    "scripts/report/": ("dataset", "model", "util", "scripts/report"),
     "tests/": ("dataset", "model", "util", "scripts", "tests", ""),
 }
 # The same within packages: what a folder's files must not import although the table above would allow it.

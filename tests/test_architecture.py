@@ -89,6 +89,10 @@ TESTED_BY = {
     "scripts/chaos/hosts.py": "two_hosts",
     "scripts/chaos/run.py": "chaos",
     "scripts/make_toy.py": "toy",
+    **{
+        f"scripts/report/{name}.py": "report"
+        for name in ("__main__", "charts", "page", "pictures", "published", "runs")
+    },
     "supervised.py": "steps",
     "unimatch.py": "steps",
     "util/cli.py": "bad_input",

@@ -78,7 +78,7 @@ def read_mark(path: str | Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 name = next(name for name in archive.namelist() if name.endswith("/metadata.json"))
                 return "" if json.loads(archive.read(name)).get("tool") == MARK else None
-        if path.suffix in (".json", ".csv", ".txt", ".onnx"):
+        if path.suffix in (".html", ".json", ".csv", ".txt", ".onnx"):
             with open(path, "rb") as file:
                 head = file.read(500)
             return "" if MARK.encode() in head or head.startswith(TABLE_HEADER.encode()) else None

@@ -6,7 +6,6 @@ made beside the evaluation, by the main process alone: a step does nothing for i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -208,7 +207,8 @@ class PseudoLabelCounts:
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     """At most `count` of the samples, evenly spaced."""
-    return list(samples[:: max(1, math.ceil(len(samples) / count))])
+    count = min(count, len(samples))
+    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def _photo(image: torch.Tensor) -> Image.Image:
