@@ -136,7 +136,6 @@ def test_what_is_done_is_left_alone_and_other_options_make_it_anew(trained, tmp_
     assert all(changed()[name] != time for name, time in before.items())
 
 
-@pytest.mark.slow
 def test_an_image_that_was_changed_in_place_is_predicted_anew_even_where_its_size_is_the_same(tmp_path):
     predictor = Predictor(None, torch.device("cpu"), Options("original", 33, ((0, 0, 0),) * 4), {})
     path = tmp_path / "a.jpg"
@@ -151,6 +150,7 @@ def test_an_image_that_was_changed_in_place_is_predicted_anew_even_where_its_siz
     assert predictor.fingerprint(path) != before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_continued_leaves_the_same_files(trained, tmp_path):
     folder = tmp_path / "photos"
     for index in range(60):
