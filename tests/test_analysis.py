@@ -58,6 +58,23 @@ def test_boundary_counts_equal_an_obvious_loop(seed):
     assert expected[1, :4].min() > 0 and expected[1, 4:].max() == 0
 
 
+def test_a_boundary_is_as_wide_as_the_rounded_share_of_the_diagonal():
+    """Of 60 x 60 pixels 1.7, that is 2: of the upper half all but 26 x 56 pixels inside are near its border."""
+    label = torch.zeros(60, 60, dtype=torch.uint8)
+    label[30:] = 1
+    assert boundary_counts(label.long(), label, 2).tolist() == [[344, 344], [344, 344]]
+
+
+def test_a_confidence_at_the_threshold_is_confident_and_an_image_without_labels_is_never_among_the_worst():
+    analysis = Analysis(4, 2, 0.25, torch.device("cpu"))
+    scores = Scores(torch.zeros(2, 4, 3, 3), True)  # each class has a probability of 0.25
+    label = torch.stack([torch.full((3, 3), IGNORE_INDEX), torch.zeros(3, 3, dtype=torch.int64)])
+    analysis(scores, label, [torch.tensor([0, 1])])
+    analysis.finish()
+    assert analysis.confident == {"share": 1.0, "accuracy": 1.0}
+    assert [number for number, _ in analysis.worst(2)] == [1, 0]
+
+
 def test_an_image_without_a_labelled_pixel_has_no_boundary():
     prediction, label = _maps(0)
     assert boundary_counts(prediction, torch.full_like(label, IGNORE_INDEX), 4).sum() == 0

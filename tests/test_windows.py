@@ -11,6 +11,7 @@ from PIL import Image
 from dataset import DataError
 from dataset.files import limit_image_pixels, read_image
 from dataset.windows import image_size, open_rows
+from tests.faults import deep_png
 
 
 @pytest.fixture
@@ -54,6 +55,11 @@ def test_rows_of_a_png_are_those_of_the_image(picture, tmp_path, mode):
         image.putalpha(Image.fromarray(np.arange(150 * 203, dtype=np.uint32).astype(np.uint8).reshape(150, 203)))
     image.save(tmp_path / "a.png", **options)
     _check(tmp_path / "a.png", in_windows=True)
+
+
+def test_a_png_of_16_bits_is_decoded_whole(picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(deep_png(np.asarray(picture).astype(np.uint16) * 257))
+    _check(tmp_path / "a.png", in_windows=False)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"])
