@@ -54,9 +54,15 @@ class ImageCache:
         except OSError as error:
             raise DataError(f"cache_dir {self.folder}: cannot be used: {error.strerror}") from None
 
-    def image(self, path: str | Path) -> np.ndarray:
-        """uint8 (H, W, 3), as `read_pixels` gives it; raises its DataError."""
-        return self._get(path, read_pixels, channels=3)
+    def image(
+        self,
+        path: str | Path,
+        channels: int = 3,
+        read: Callable[[str | Path], np.ndarray] = read_pixels,
+        variant: str = "",
+    ) -> np.ndarray:
+        """uint8 (H, W, channels), as `read` gives it; raises its DataError. `variant` tells ways of reading apart."""
+        return self._get(path, read, channels, variant)
 
     def label(self, path: str | Path, colors: LabelColors | None = None) -> np.ndarray:
         """uint8 (H, W), as `read_indices` gives it; raises its DataError."""

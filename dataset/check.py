@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dataset.bands import Bands, bands_size
 from dataset.errors import DataError
 from dataset.files import IGNORE_INDEX, LabelColors, check_depth, errors_named, read_image, read_label, size_fault
 from dataset.lists import Sample
@@ -29,6 +30,7 @@ def check_samples(
     label_map: Mapping[int, int] | None = None,
     progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda checked, total: checked,
     label_colors: LabelColors | None = None,
+    bands: Bands | None = None,
 ) -> None:
     """Check every file of a list; the first fault in list order is raised as DataError.
 
@@ -42,7 +44,8 @@ def check_samples(
     found: set[int] = set()
     two_ways, first, labels = [], None, 0  # nothing that grows with the list
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
-        checked = _map(pool, lambda sample: _check_sample(sample, root, nclass, label_map or {}, label_colors), samples)
+        how = (root, nclass, label_map or {}, label_colors, bands)
+        checked = _map(pool, lambda sample: _check_sample(sample, *how), samples)
         for sample, (values, shown) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
             if not two_ways and can_be_read_two_ways(values, shown, nclass, label_map):
@@ -123,10 +126,15 @@ def mask_hint(value: int = 255) -> str:
 
 
 def _check_sample(
-    sample: Sample, root: Path, nclass: int, label_map: Mapping[int, int], label_colors: LabelColors | None
+    sample: Sample,
+    root: Path,
+    nclass: int,
+    label_map: Mapping[int, int],
+    label_colors: LabelColors | None,
+    bands: Bands | None,
 ) -> tuple[set[int], Sequence[int] | None]:
     """The values found in the sample's label (none without one), and as what they are shown."""
-    size = _check_image(root / sample.image)
+    size = bands_size(root / sample.image, bands) if bands else _check_image(root / sample.image)
     if sample.label is None:
         return set(), None
     label = read_label(root / sample.label, label_colors)

@@ -284,11 +284,14 @@ def orientation(image: Image.Image) -> int:
 
 
 def _orientation_hint(path: Path, label_size: tuple[int, int]) -> str:
-    with open_image(path) as image:
-        if image.size[::-1] != label_size:
-            return ""
-        image.load()
-        number = orientation(image)
+    try:
+        with open_image(path) as image:
+            if image.size[::-1] != label_size:
+                return ""
+            image.load()
+            number = orientation(image)
+    except DataError:  # of many channels
+        return ""
     if number not in (5, 6, 7, 8):
         return ""
     return (

@@ -6,7 +6,7 @@ import codecs
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dataset.errors import DataError
 from dataset.samples import Sample, Samples, SamplesWriter
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
+BAND_SUFFIXES = IMAGE_SUFFIXES | {".npy"}  # where images may have other channels than RGB
 ALLOW_OUTSIDE = "allow_outside_root: true permits that"
 # Folders that systems put among a user's files; others of that kind are hidden, their names begin with a dot.
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
@@ -168,6 +169,7 @@ def find_unlabeled(
     labeled: Sequence[Sample],
     allow_outside: bool = False,
     progress: Progress = lambda blocks, total: blocks,
+    suffixes: Set[str] = IMAGE_SUFFIXES,
 ) -> Samples:
     """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
 
@@ -180,7 +182,8 @@ def find_unlabeled(
     elif not allow_outside and not is_inside(source, data_root):
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
     elif folder.is_dir():
-        images = Samples.of(Sample(image, None) for image in images_in(folder, Path(data_root)))
+        names = images_in(folder, Path(data_root), suffixes=suffixes)
+        images = Samples.of(Sample(image, None) for image in names)
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
     root = os.path.abspath(data_root)
@@ -196,7 +199,9 @@ def list_digest(samples: Sequence[Sample]) -> str:
     return Samples.of(samples).digest
 
 
-def images_in(folder: Path, root: Path, left_out: list[str] | None = None) -> list[str]:
+def images_in(
+    folder: Path, root: Path, left_out: list[str] | None = None, suffixes: Set[str] = IMAGE_SUFFIXES
+) -> list[str]:
     """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none.
 
     Links to folders are followed, but not back into a folder that leads there; what is hidden is left out. `left_out`
@@ -223,18 +228,18 @@ def images_in(folder: Path, root: Path, left_out: list[str] | None = None) -> li
             path = posixpath.normpath(f"{relative}/{name}")
             if is_folder and not is_hidden(f"{name}/"):
                 waiting.append((os.path.join(directory, name), (*above, place)))
-            elif not is_folder and is_file and is_image(name):  # opening a pipe would wait for ever
+            elif not is_folder and is_file and is_image(name, suffixes):  # opening a pipe would wait for ever
                 found.append(path)
             else:
                 left_out.append(f"{path}/" if is_folder else path)
     if not found:
-        raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(suffixes))})")
     return sorted(found)
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: Set[str] = IMAGE_SUFFIXES) -> bool:
     """Whether a file's name is that of an image; `._name` is not, in which macOS keeps what belongs to `name`."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_hidden(name)
+    return os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name)
 
 
 def is_hidden(path: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import default_collate
 
 from dataset.photometry import apply_photometry_batch, photometry_numbers
-from dataset.transform import box_mask, normalize, padding_mask
+from dataset.transform import IMAGENET, Normalization, box_mask, normalize, padding_mask
 from dataset.views import Partner, UnlabeledSample, UnlabeledViews
 
 
@@ -105,7 +105,7 @@ def _draws(samples: Sequence[UnlabeledSample]) -> torch.Tensor:
     return torch.tensor([photometry_numbers(draw) for view in views for draw in view])
 
 
-def to_device(batch: Any, device: torch.device, fixed_shapes: bool = False) -> Any:
+def to_device(batch: Any, device: torch.device, fixed_shapes: bool = False, by: Normalization = IMAGENET) -> Any:
     """A collated batch as a step takes it: images normalised floats, labels int64, on `device`. Copies do not block.
 
     `(image, label)`; with unlabelled images `((image, label), UnlabeledViews, Partner)`, without the Partner where the
@@ -114,12 +114,12 @@ def to_device(batch: Any, device: torch.device, fixed_shapes: bool = False) -> A
     """
     first, second = batch
     if isinstance(second, PackedViews):
-        return to_device(first, device), *_unpack(second, device, fixed_shapes)
-    return _images(first.to(device, non_blocking=True)), second.to(device, non_blocking=True).long()
+        return to_device(first, device, by=by), *_unpack(second, device, fixed_shapes, by)
+    return _images(first.to(device, non_blocking=True), by), second.to(device, non_blocking=True).long()
 
 
 def _unpack(
-    packed: PackedViews, device: torch.device, fixed_shapes: bool
+    packed: PackedViews, device: torch.device, fixed_shapes: bool, by: Normalization
 ) -> tuple[UnlabeledViews] | tuple[UnlabeledViews, Partner]:
     packed = packed._replace(
         pixels=packed.pixels.to(device, non_blocking=True),
@@ -128,13 +128,13 @@ def _unpack(
     )
     size = packed.pixels.shape[1]
     boxes = [box_mask(box, size) for box in packed.boxes.unbind(1)]
-    strong = [_images(view) for view in packed.strong or _strong_views(packed, boxes)]
+    strong = [_images(view, by) for view in packed.strong or _strong_views(packed, boxes)]
     (strong1, strong2), (box1, box2) = (*strong, None)[:2], (*boxes, None)[:2]
-    views = UnlabeledViews(_images(packed.weak), strong1, strong2, padding_mask(packed.extent, size), box1, box2)
+    views = UnlabeledViews(_images(packed.weak, by), strong1, strong2, padding_mask(packed.extent, size), box1, box2)
     if not packed.pasted:
         return (views,)
     partner, used = (_whole_batch(packed, packed.partner), None) if fixed_shapes else (packed.partner, packed.used)
-    return views, Partner(_images(partner), padding_mask(packed.extent_mix, size), used)
+    return views, Partner(_images(partner, by), padding_mask(packed.extent_mix, size), used)
 
 
 def _whole_batch(packed: PackedViews, partner: torch.Tensor) -> torch.Tensor:
@@ -155,6 +155,6 @@ def _strong_views(packed: PackedViews, boxes: Sequence[torch.Tensor]) -> list[to
     return views
 
 
-def _images(pixels: torch.Tensor) -> torch.Tensor:
-    """Normalised (B, 3, H, W) of 8-bit (B, H, W, 3)."""
-    return normalize(pixels.permute(0, 3, 1, 2))
+def _images(pixels: torch.Tensor, by: Normalization) -> torch.Tensor:
+    """Normalised (B, C, H, W) of 8-bit (B, H, W, C)."""
+    return normalize(pixels.permute(0, 3, 1, 2), by)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dataset.band_views import strong_bands
 from dataset.files import IGNORE_INDEX, decode_image, decoded_size
 from dataset.lists import Sample
 from dataset.sampler import VIEW_U, VIEW_X, EpochSampler, Key, stream
@@ -114,6 +115,14 @@ class TrainDataset(Dataset):
     def _strong_views(
         self, weak: np.ndarray, own: ViewDraws, weak_mix: np.ndarray | None, mix: ViewDraws | None
     ) -> tuple[torch.Tensor, ...]:
+        if bands := self.source.bands:
+            draws = [(draw, None, None, None) for draw in own.photometry]
+            if mix is not None:
+                draws = [
+                    (draw, box, weak_mix, draw_mix)
+                    for draw, box, draw_mix in zip(own.photometry, own.boxes, mix.photometry, strict=True)
+                ]
+            return tuple(torch.from_numpy(strong_bands(weak, bands.rgb, *draw)) for draw in draws)
         image = Image.fromarray(weak)
         if mix is None:
             views = [strong_view(image, draw) for draw in own.photometry]

@@ -6,12 +6,14 @@ import contextlib
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from dataset.bands import Bands, read_bands
 from dataset.cache import ImageCache
 from dataset.files import LabelColors, decode_image, decode_label, map_label, open_image, open_label, size_fault
 from dataset.lists import Sample
@@ -25,18 +27,26 @@ class DataSource(NamedTuple):
     """The folder that list files' paths are relative to, the `label_map` of its labels, and a cache of its pictures.
 
     `label_map` gives the class of values in the label files that are no class themselves, `label_colors` the values of
-    labels that are drawn in colours. Each method raises DataError.
+    labels that are drawn in colours, `bands` how images of other channels than 8-bit RGB are read.
+    Each method raises DataError.
     """
 
     root: str | Path
     label_map: Mapping[int, int] | None = None
     cache: ImageCache | None = None
     label_colors: LabelColors | None = None
+    bands: Bands | None = None
 
     def open_image(self, name: str) -> AbstractContextManager[Opened]:
         """The image of that name in a list."""
         path = os.path.join(self.root, name)
-        return open_image(path) if self.cache is None else contextlib.nullcontext(self.cache.image(path))
+        if self.bands is None:
+            return open_image(path) if self.cache is None else contextlib.nullcontext(self.cache.image(path))
+        read = partial(read_bands, bands=self.bands)
+        if self.cache is None:
+            return contextlib.nullcontext(read(path))
+        variant = f" {self.bands.value_range}"
+        return contextlib.nullcontext(self.cache.image(path, self.bands.channels, read, variant))
 
     def open_label(self, name: str) -> AbstractContextManager[Opened]:
         """The label of that name in a list."""

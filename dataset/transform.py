@@ -20,6 +20,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class Normalization(NamedTuple):
+    """Mean and standard deviation of each channel, of values from 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Normalization(IMAGENET_MEAN, IMAGENET_STD)
+
+
 class Geometry(NamedTuple):
     """Resize to `long_side` pixels, crop with its origin at (x, y) after padding, then mirror if `flip`."""
 
@@ -87,7 +97,11 @@ def crop_pixels(
         slice(geometry.x, min(geometry.x + size, new_size[0])),
     )
     resize = resize_nearest if resample == Image.Resampling.NEAREST else resize_bilinear
-    shown = resize(image, new_size, window, geometry.flip)
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] != 3:  # Pillow has no such pictures
+        planes = [np.ascontiguousarray(plane) for plane in image.transpose(2, 0, 1)]
+        shown = np.stack([resize(plane, new_size, window, geometry.flip) for plane in planes], axis=2)
+    else:
+        shown = resize(image, new_size, window, geometry.flip)
     height, width = shown.shape[:2]
     result = np.empty((size, size, *shown.shape[2:]), np.uint8)
     if (height, width) != (size, size):
@@ -218,15 +232,15 @@ def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
     return array.permute(2, 0, 1).contiguous() if array.ndim == 3 else array
 
 
-def normalize(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """float32 (..., 3, H, W): /255, then ImageNet's mean and standard deviation per channel.
+def normalize(image: Image.Image | np.ndarray | torch.Tensor, by: Normalization = IMAGENET) -> torch.Tensor:
+    """float32 (..., C, H, W): /255, then minus the mean and over the standard deviation of each channel.
 
-    Takes a Pillow image, an 8-bit array (H, W, 3) or an 8-bit tensor (..., 3, H, W), which stays on its device.
+    Takes a Pillow image, an 8-bit array (H, W, C) or an 8-bit tensor (..., C, H, W), which stays on its device.
     """
     if not isinstance(image, torch.Tensor):
         image = to_tensor(image)
     image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
     # torchvision's normalize reads from the device, which makes the host wait for it; plain numbers do not.
-    for channel, mean, std in zip(image.unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+    for channel, mean, std in zip(image.unbind(-3), *by, strict=True):
         channel.sub_(mean).div_(std)
     return image

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 from PIL.TiffTags import LONG
 
+from dataset.bands import Bands, band_rows
 from dataset.errors import DataError
 from dataset.files import errors_named, open_image, orientation, read_image
 
@@ -29,8 +30,8 @@ BLOCK_PIXELS = 2**26  # a strip or a row of tiles of a TIFF holds at most so man
 class Rows:
     """The rows of an image from the top to the bottom; `whole` says why it is all in memory, and is empty if it isn't.
 
-    `window(top, bottom)` gives uint8 (bottom - top, width, 3); neither may be smaller than in the call before. Raises
-    DataError.
+    `window(top, bottom)` gives uint8 (bottom - top, width, 3), or as many channels as the image has; neither may be
+    smaller than in the call before. Raises DataError.
     """
 
     def __init__(self, path: Path, width: int, height: int, blocks: Iterator[np.ndarray], whole: str = "") -> None:
@@ -38,7 +39,7 @@ class Rows:
         self._blocks, self._held, self._top = blocks, np.empty((0, width, 3), np.uint8), 0
 
     def window(self, top: int, bottom: int) -> np.ndarray:
-        parts, end = [self._held[top - self._top :]], self._top + len(self._held)
+        parts, end = [self._held[top - self._top :]] if len(self._held) else [], self._top + len(self._held)
         with errors_named(self.path, "image"):
             while end < bottom:
                 block = next(self._blocks)
@@ -49,11 +50,14 @@ class Rows:
 
 
 @contextlib.contextmanager
-def open_rows(path: Path, upright: bool = False, whole: bool = False) -> Iterator[Rows]:
+def open_rows(path: Path, upright: bool = False, whole: bool = False, bands: Bands | None = None) -> Iterator[Rows]:
     """The rows of the image at `path`; `upright`: turned as its EXIF orientation says. Raises DataError.
 
-    `whole`: it is small enough to be decoded at once, which is faster.
+    `whole`: it is small enough to be decoded at once, which is faster. `bands`: it has other channels than 8-bit RGB.
     """
+    if bands:
+        yield Rows(path, *band_rows(path, bands))
+        return
     if whole:
         pixels = np.asarray(read_upright(path) if upright else read_image(path))
         yield Rows(path, pixels.shape[1], pixels.shape[0], iter([pixels]), "it is small")

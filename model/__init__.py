@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model.backbone import BACKBONES, DINOV2_BACKBONES, create_backbone
+from model.input_channels import inflate_input
 from model.semseg.complementary import complementary_dropout
 from model.semseg.deeplabv3plus import DeepLabV3Plus
 from model.semseg.dpt import DPT, HEAD_WIDTHS
@@ -42,7 +43,8 @@ def build_model(cfg: Any, pretrained: bool = True) -> nn.Module:
     Reads `cfg.backbone`, `cfg.nclass`, `cfg.replace_stride_with_dilation` and `cfg.dilations` (DeepLabV3+), and
     `cfg.pretrained`: True stands for `pretrained/BACKBONE.pth`, a text for the path of a weights file, False for none.
     Where there are such keys, also `cfg.model` ("deeplabv3plus" by default, or "dpt"), `cfg.checkpoint_activations`,
-    and `cfg.lock_backbone`: whether the backbone's parameters need no gradient.
+    `cfg.lock_backbone`: whether the backbone's parameters need no gradient, and `cfg.channels` with `cfg.rgb_channels`:
+    the first convolution is inflated from that of three channels, whose weights are loaded first.
     `pretrained=False` loads no weights whatever the config says, as suits a model whose checkpoint is loaded next.
 
     Raises WeightsError (one line: file, what was expected, where to get it), and ValueError for an unknown model, a
@@ -56,6 +58,9 @@ def build_model(cfg: Any, pretrained: bool = True) -> nn.Module:
         model = DeepLabV3Plus(backbone, cfg.nclass, cfg.dilations, checkpoint_activations=again)
     if pretrained and cfg.pretrained:
         load_pretrained(model.backbone, cfg.backbone, _weights_file(cfg))
+    channels, rgb = getattr(cfg, "channels", 3), tuple(getattr(cfg, "rgb_channels", (0, 1, 2)))
+    if (channels, rgb) != (3, (0, 1, 2)):
+        inflate_input(model.backbone, channels, rgb)
     if getattr(cfg, "lock_backbone", False):
         model.backbone.requires_grad_(False)
     return model

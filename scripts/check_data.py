@@ -20,8 +20,9 @@ from dataset.files import IGNORE_INDEX, limit_image_pixels
 from dataset.lists import read_list
 from dataset.loader import default_workers
 from dataset.prepare.audit import ERROR, LEVELS, WARNING, Inspection, inspect_lists
+from dataset.prepare.statistics import channel_statistics
 from util.cli import add_common_arguments, run_main
-from util.config import load_config, resolve_path
+from util.config import Config, load_config, resolve_path
 from util.errors import ConfigError
 from util.lists import list_unlabeled
 from util.outputs import MARK, check_targets, replacing, save_picture
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "chart of the classes; earlier ones are replaced")  # fmt: skip
     parser.add_argument("--show", type=int, default=5, metavar="N", help="findings of a kind on screen (default: 5)")
     parser.add_argument("--strict", action="store_true", help="let warnings count as faults in the exit status")
+    parser.add_argument("--channel-statistics", action="store_true", help="print mean and std of each channel over the "
+                        "training images, as lines for the config")  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: a share of the cores, 8 at most)")
     args = parser.parse_args(argv)
     for option, value, minimum in (("--show", args.show, 0), ("--workers", args.workers, 1)):
@@ -114,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default_workers(1) if args.workers is None else args.workers,
         lambda looks, total: tqdm(looks, "check", total, unit="image", disable=None),
         cfg.color_values,
+        cfg.bands,
     )
     title = (
         f"{cfg.dataset}: {len(labeled)} labelled, {len(unlabeled)} unlabelled and {len(val)} validation images in "
@@ -122,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = class_table(inspection, cfg.classes)
     verdict = _verdict(inspection, args.strict)
     print("\n\n".join([title, format_findings(inspection, args.show), table, verdict]))
+    if args.channel_statistics:
+        print(_statistics_lines(cfg, [data_root / sample.image for sample in (*labeled, *unlabeled)]))
     if output:
         shares = class_shares(inspection, cfg.nclass)
         report = "\n\n".join([title, format_findings(inspection), table, verdict, ""])
@@ -129,6 +135,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"all findings are in {output / REPORT}" + (f", the classes in {output / CHART}" if shares else ""))
     if inspection.at(ERROR) or (args.strict and inspection.at(WARNING)):
         raise SystemExit(1)
+
+
+def _statistics_lines(cfg: Config, paths: Sequence[Path]) -> str:
+    """`mean` and `std` as lines for the config."""
+    bar = tqdm(paths, "channel statistics", unit="image", disable=None)
+    found = channel_statistics(bar, cfg.channels, cfg.bands)
+    if found is None:
+        return "\nno channel statistics: there is no readable training image"
+    return "\n" + "\n".join(
+        f"{name}: [{', '.join(f'{value:.4f}' for value in values)}]" for name, values in found._asdict().items()
+    )
 
 
 def _make_folder(folder: Path) -> None:

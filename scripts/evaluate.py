@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_root = resolve_path(cfg.data_root)
     samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
     if processes.is_main and cfg.check_data:
-        check_samples(samples, data_root, cfg.nclass, label_map=cfg.label_map, label_colors=cfg.color_values)
+        options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "bands": cfg.bands}
+        check_samples(samples, data_root, cfg.nclass, **options)
     if processes.is_main:
         print("".join(f"{note}\n" for note in trained.notes), end="")
     if args.out:
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = trained.build()
     view = View(args.mode or cfg.eval_mode, cfg.crop_size, tuple(args.scales), args.flip)
     with process_group(processes, device):
-        source = DataSource(data_root, cfg.label_map, label_colors=cfg.color_values)
+        source = DataSource(data_root, cfg.label_map, label_colors=cfg.color_values, bands=cfg.bands)
         dataset = Numbered(
             ValDataset(samples[processes.rank :: processes.count], source), processes.rank, processes.count
         )
@@ -76,7 +77,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         analysis = Analysis(cfg.nclass, len(samples), cfg.conf_thresh, device) if args.out else None
         model = trained.ready(model, device)
         result = evaluate(
-            model, loader, view.mode, view.crop_size, cfg.nclass, device, view.scales, view.flip, analysis
+            model,
+            loader,
+            view.mode,
+            view.crop_size,
+            cfg.nclass,
+            device,
+            view.scales,
+            view.flip,
+            analysis,
+            cfg.normalization,
         )
         if analysis is not None:
             analysis.finish()

@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(note)
     model = trained.build().eval()
     print("tracing the model, which takes up to some minutes")
-    program, metadata = trace(model), describe(trained, model)
+    program, metadata = trace(model, trained.cfg.channels), describe(trained, model)
     with replacing(out) as temporary:
         save(program, metadata, suffix, temporary)
-        results = check(model, load(suffix, temporary), trained.cfg.crop_size)
+        results = check(model, load(suffix, temporary), trained.cfg.crop_size, trained.cfg.channels)
     print(f"logits of {out} and of the model differ by at most")
     for shape, difference in results:
         print(f"  {difference:.2g} for {' x '.join(map(str, shape))}")

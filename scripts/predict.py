@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resolve_path(cfg.data_root),
         cfg.allow_outside_root,
         is_own,
+        cfg.image_suffixes,
     )
     pictures = found.pictures
     targets = _targets(pictures, args)
@@ -161,6 +162,8 @@ def _options(args: argparse.Namespace, cfg: Config, multiple: int) -> Options:
         args.upright,
         tuple(kind for kind in KINDS if kind in args.save),
         args.geotiff,
+        cfg.bands,
+        cfg.normalization,
     )
 
 

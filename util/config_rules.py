@@ -65,6 +65,20 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
             "nclass",
             f"{cfg.nclass}, but {origin} {len(cfg.classes)} classes; leave nclass out, or list other `classes`",
         )
+    if len(set(cfg.rgb_channels)) < 3 or max(cfg.rgb_channels) >= cfg.channels:
+        fail(
+            "rgb_channels",
+            f"{list(cfg.rgb_channels)}: three different channels from 0 to {cfg.channels - 1} are needed",
+        )
+    for key in ("mean", "std"):
+        if (values := getattr(cfg, key)) is not None and len(values) != cfg.channels:
+            fail(key, f"{len(values)} values for channels: {cfg.channels}")
+    if cfg.channels == 3 and (cfg.mean is None) != (cfg.std is None):
+        fail("mean" if cfg.mean else "std", "mean and std go together: set both, or neither")
+    if cfg.value_range is not None and cfg.value_range[0] >= cfg.value_range[1]:
+        fail("value_range", f"{list(cfg.value_range)}: the first must be less than the second")
+    if cfg.bands and cfg.photometry == "device":
+        fail("photometry", "device is for 8-bit images of three channels: use worker")
     for value, index in (cfg.label_map or {}).items():
         if cfg.nclass <= index != 255:
             fail("label_map", f"{value}: {index}: classes are 0..{cfg.nclass - 1}, and 255 for ignored pixels")
@@ -97,6 +111,7 @@ def for_method(cfg: Config, method: str) -> Config:
 
     Raises ConfigError where a key does not go with the method.
     """
+    cfg.normalization  # noqa: B018  raises where channels have no mean
     teacher = has_teacher(cfg, method)
     if teacher and method in ("unimatch", "supervised"):
         raise ConfigError(f"teacher: {method} has none: leave it out (unimatch_v2 and fixmatch have one)")

@@ -9,8 +9,11 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
+from dataset.bands import Bands
 from dataset.catalog import CATALOG, voc_palette
 from dataset.colors import IGNORED_COLOUR
+from dataset.lists import BAND_SUFFIXES, IMAGE_SUFFIXES
+from dataset.transform import IMAGENET, Normalization
 from model import BACKBONES, DINOV2_BACKBONES
 from util.errors import ConfigError, quoted, suggest
 
@@ -74,6 +77,19 @@ class Config:
         "pixels are [224, 224, 192]; label_map applies to the values",
         None,
     )
+    channels: int = _key("channels of an image; other than 3: multi-band TIFF or .npy", 3, minimum=3, maximum=512)
+    rgb_channels: tuple[int, int, int] = _key(
+        "which channels, counted from 0, are red, green and blue: they get ImageNet's weights and the colour jitter",
+        (0, 1, 2),
+        minimum=0,
+    )
+    value_range: tuple[float, float] | None = _key(
+        "stored values that become 0 and 255, others in proportion; without it only 8-bit images are read", None
+    )
+    mean: tuple[float, ...] | None = _key(
+        "of each channel, of values from 0 to 1; default: ImageNet's, for 3 channels", None
+    )
+    std: tuple[float, ...] | None = _key("standard deviation of each channel, likewise", None, above=0)
     unlabeled_id_path: str | None = _setting(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it; "
         "default for published data sets: all their training images",
@@ -211,6 +227,30 @@ class Config:
         if self.label_colors == "palette":
             return {IGNORED_COLOUR: 255} | {colour: index for index, colour in enumerate(self.palette)}
         return {colour: index for index, colour in enumerate(self.label_colors)} if self.label_colors else None
+
+    @property
+    def bands(self) -> Bands | None:
+        """How images of other channels than 8-bit RGB are read; None for those."""
+        if (self.channels, self.rgb_channels, self.value_range) == (3, (0, 1, 2), None):
+            return None
+        return Bands(self.channels, self.rgb_channels, self.value_range)
+
+    @property
+    def image_suffixes(self) -> frozenset[str]:
+        """Of the images in a folder."""
+        return BAND_SUFFIXES if self.bands else IMAGE_SUFFIXES
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and standard deviation of the channels. Raises ConfigError where they are not known."""
+        if self.mean is None and self.std is None and self.channels == 3:
+            return IMAGENET
+        if self.mean is None or self.std is None:
+            raise ConfigError(
+                f"mean and std of the {self.channels} channels are missing: python -m scripts.check_data "
+                "--channel-statistics prints them"
+            )
+        return Normalization(self.mean, self.std)
 
     def __post_init__(self) -> None:
         """Fill in what the data set implies, so that no list, name or colour of it is missing."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset.transform import normalize
+from dataset.transform import IMAGENET, Normalization, normalize
 from util.distributed.collectives import all_reduce_sum
 from util.losses import slices
 from util.metrics import confusion_matrix, iou_per_class, mean_iou
@@ -60,12 +60,13 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     observe: Observer | None = None,
+    by: Normalization = IMAGENET,
 ) -> Result:
     """Evaluate on batches `(image, label)`: images (1, 3, H, W), 8-bit or normalised, labels (1, H, W), 255 ignored.
 
     Each process goes through its own share; counts are summed once, so every process returns the whole result.
     With sliding windows, images of equal size are evaluated together, and their order is another. `scales` and `flip`:
-    see `class_scores`.
+    see `class_scores`. 8-bit images are normalised `by` these values.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +75,7 @@ def evaluate(
     for image, label, *rest in batches:
         image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
         if image.dtype == torch.uint8:
-            image = normalize(image)
+            image = normalize(image, by)
         if mode == "center_crop":
             image, label = center_crop(image, crop_size), center_crop(label, crop_size)
         scores = class_scores(model, image, mode, crop_size, scales, flip)

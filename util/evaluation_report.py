@@ -116,8 +116,11 @@ class Report:
         if self.view.mode == "center_crop":
             image, label = center_crop(image, self.view.crop_size), center_crop(label, self.view.crop_size)
         with torch.inference_mode():
-            classes = class_scores(model, normalize(image[None].to(device)), *self.view).classes()[0]
-        return image.permute(1, 2, 0).numpy(), label.numpy(), classes.byte().cpu().numpy()
+            classes = class_scores(
+                model, normalize(image[None].to(device), self.trained.cfg.normalization), *self.view
+            ).classes()[0]
+        rgb = image[list(self.trained.cfg.rgb_channels)]
+        return rgb.permute(1, 2, 0).numpy(), label.numpy(), classes.byte().cpu().numpy()
 
     def write(
         self, folder: Path, worst: Sequence[tuple[int, float, tuple[np.ndarray, np.ndarray, np.ndarray]]]

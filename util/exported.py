@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dataset.files import IGNORE_INDEX
-from dataset.transform import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import ConfigError, one_line
 from util.outputs import MARK
 from util.trained import Trained
@@ -43,12 +42,14 @@ def describe(trained: Trained, model: nn.Module) -> dict[str, Any]:
         "classes": list(cfg.classes),
         "palette": [list(colour) for colour in cfg.palette],
         "ignore_index": IGNORE_INDEX,
-        "input": "image: float32, batch x channels x height x width, (value / value_range - mean) / std per channel",
-        "channels": 3,
-        "channel_order": "RGB",
+        "input": "image: float32, batch x channels x height x width, (value / value_range - mean) / std per channel, "
+        "a value being 0 to 255, stored ones scaled from stored_range and rounded",
+        "channels": cfg.channels,
+        "rgb_channels": list(cfg.rgb_channels),
+        "stored_range": list(cfg.value_range or (0, 255)),
         "value_range": 255,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(cfg.normalization.mean),
+        "std": list(cfg.normalization.std),
         "size_multiple": multiple,
         "min_size": min_size(multiple),
         "output": "logits: float32, batch x classes x height x width; the class is the argmax",

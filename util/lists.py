@@ -59,7 +59,8 @@ def list_unlabeled(
         return None
     listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
     source = listed if listed.is_file() else source
-    return find_unlabeled(source, resolve_path(cfg.data_root), labeled, cfg.allow_outside_root, progress)
+    where = (resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
+    return find_unlabeled(source, *where, progress, cfg.image_suffixes)
 
 
 def identify(method: str, lists: Lists) -> dict[str, str]:

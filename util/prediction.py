@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dataset.bands import Bands, bands_size
 from dataset.files import IGNORE_INDEX
-from dataset.transform import normalize
+from dataset.transform import IMAGENET, Normalization, normalize
 from dataset.windows import Rows, image_size, open_rows
 from util.evaluate import class_scores
 from util.outputs import read_mark, replacing, writing
@@ -45,6 +46,8 @@ class Options:
     upright: bool = False
     kinds: tuple[str, ...] = ("index",)
     geotiff: bool = False
+    bands: Bands | None = None
+    normalization: Normalization = IMAGENET
 
 
 class Preview(NamedTuple):
@@ -78,9 +81,9 @@ class Predictor:
     def write(self, path: Path, targets: Mapping[str, Path]) -> Preview:
         """Predict the picture at `path`, and write each kind to its target. Raises DataError and ConfigError."""
         options = self.options
-        width, height = image_size(path)
+        width, height = bands_size(path, options.bands) if options.bands else image_size(path)
         small = width * height <= options.tile_above
-        with open_rows(path, options.upright, whole=small) as rows, contextlib.ExitStack() as stack:
+        with open_rows(path, options.upright, small, options.bands) as rows, contextlib.ExitStack() as stack:
             if not small:
                 self.tiled.append(path)
                 if rows.whole:
@@ -89,6 +92,8 @@ class Predictor:
             step = -(-max(width, height) // PREVIEW)
             previews, top, streams = [], 0, None
             for band in predict_bands(rows, tile, 0 if small else options.overlap, self._forward):
+                if options.bands:
+                    band["image"] = band["image"][..., list(options.bands.rgb)]
                 if streams is None:  # only now: nothing is left behind of a picture that cannot be read at all
                     streams = self._open(stack, targets, rows, path)
                 for kind, stream in streams.items():
@@ -119,8 +124,8 @@ class Predictor:
 
     @torch.inference_mode()
     def _forward(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        options = self.options
-        image = normalize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].to(self.device))
+        options, by = self.options, self.options.normalization
+        image = normalize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].to(self.device), by)
         scores = class_scores(self.model, image, options.mode, options.crop_size, options.scales, options.flip)
         index = scores.classes()
         found = {}

@@ -132,7 +132,8 @@ class Run:
         )
 
     def _source(self) -> DataSource:
-        return DataSource(resolve_path(self.cfg.data_root), self.cfg.label_map, self.cache, self.cfg.color_values)
+        cfg = self.cfg
+        return DataSource(resolve_path(cfg.data_root), cfg.label_map, self.cache, cfg.color_values, cfg.bands)
 
 
 def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
@@ -261,6 +262,7 @@ def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
     data_root, checking = resolve_path(cfg.data_root), partial(show_progress, "checking data", "samples")
     for samples in (lists.labeled, lists.unlabeled or [], lists.val):
         options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "progress": checking}
+        options |= {"bands": cfg.bands}
         check_samples(samples, data_root, cfg.nclass, **options)
     return describe_doubts(lists, data_root)
 

@@ -19,7 +19,18 @@ from util.errors import ConfigError
 from util.precision import evaluation_copy, set_precision
 
 # Keys with another value than in training make other logits out of the same weights, if the weights fit at all.
-MODEL_KEYS = ("model", "backbone", "nclass", "channels", "dilations", "replace_stride_with_dilation", "mean", "std")
+MODEL_KEYS = (
+    "model",
+    "backbone",
+    "nclass",
+    "channels",
+    "rgb_channels",
+    "value_range",
+    "dilations",
+    "replace_stride_with_dilation",
+    "mean",
+    "std",
+)
 # Keys of which the result of a tool depends besides; another value than in training is told.
 RESULT_KEYS = ("eval_mode", "crop_size", "label_map", "label_colors")
 # Of the machine that trained. A checkpoint's config is used without them.
@@ -133,6 +144,7 @@ def open_trained(args: argparse.Namespace) -> Trained:
         cfg = config_from(portable, f"{args.checkpoint} (its config)", args.overrides)
     if own is not None:
         notes += _compare(own, cfg, args)
+    cfg.normalization  # noqa: B018  raises where channels have no mean
     weights = _choose_weights(checkpoint, args)
     if weights == "teacher" and args.weights is None:
         notes.append("note: of the two networks in the checkpoint, the teacher is used (--weights student: the other)")

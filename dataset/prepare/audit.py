@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torchvision import io as torchvision_io
 
+from dataset.bands import Bands, read_bands
 from dataset.check import TWO_WAYS, can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
 from dataset.errors import DataError
 from dataset.files import (
@@ -114,6 +115,7 @@ def inspect_lists(
     workers: int = 1,
     progress: Callable[[Iterator[Look], int], Iterator[Look]] = lambda looks, total: looks,
     label_colors: LabelColors | None = None,
+    bands: Bands | None = None,
 ) -> Inspection:
     """Open every file of the lists in `workers` processes (1: in this one); `labeled` and `unlabeled` may be empty.
 
@@ -126,7 +128,12 @@ def inspect_lists(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
         work = functools.partial(
-            inspect_sample, root=root, nclass=len(classes), label_map=label_map, label_colors=label_colors
+            inspect_sample,
+            root=root,
+            nclass=len(classes),
+            label_map=label_map,
+            label_colors=label_colors,
+            bands=bands,
         )
         looks = dict(zip(samples, progress(_map(work, samples, workers), len(samples)), strict=True))
     findings = [finding for look in looks.values() for finding in look.findings]
@@ -174,16 +181,19 @@ def inspect_sample(
     nclass: int,
     label_map: Mapping[int, int] | None,
     label_colors: LabelColors | None = None,
+    bands: Bands | None = None,
 ) -> Look:
     """Decode a sample's files and say everything there is to say about them, in the order of the files."""
     findings, digest, size = [], None, None
     path = root / sample.image
     try:
-        with open_image(path) as image:
-            traits = _traits(image)
-            findings = [Finding(level, kind, f"{path}{detail}") for level, kind, detail in traits]
-            size = image.size
-            data = path.read_bytes()
+        if bands:
+            size = read_bands(path, bands).shape[1::-1]
+        else:
+            with open_image(path) as image:
+                findings = [Finding(level, kind, f"{path}{detail}") for level, kind, detail in _traits(image)]
+                size = image.size
+        data = path.read_bytes()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if complaint := jpeg_complaint(data):
             findings.append(Finding(WARNING, DAMAGED, f"{path}: {complaint}"))

@@ -66,7 +66,13 @@ def fit(
                     images = signals.cut(val_loader)
                     with without_benchmark():
                         results[name] = evaluate(
-                            evaluation_copy(network), images, cfg.eval_mode, cfg.crop_size, cfg.nclass, run.device
+                            evaluation_copy(network),
+                            images,
+                            cfg.eval_mode,
+                            cfg.crop_size,
+                            cfg.nclass,
+                            run.device,
+                            by=cfg.normalization,
                         )
                     saver.stop_if_asked()  # a signal cut the evaluation short, so its result is not one
             first = next(iter(results.values()), None)  # best.pth follows it
@@ -95,7 +101,7 @@ class Trainer:
         self.progress = Progress(steps=len(loader) // cfg.accumulate)
         self._run, self._step, self._loader, self._metrics = run, step, loader, StepMetrics()
         # A compiler compiles anew for other shapes, and a CUDA graph has one only.
-        self._feed = Feed(run.device, fixed_shapes=cfg.compile or cfg.cuda_graphs)
+        self._feed = Feed(run.device, fixed_shapes=cfg.compile or cfg.cuda_graphs, by=cfg.normalization)
         self.saver = Saver(run, step, self._metrics, self.progress, signals)
         self.saver.resume()
         self._bad_images = BadImages(loader, cfg.bad_image_limit, run.log) if cfg.on_bad_image == "skip" else None

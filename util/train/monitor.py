@@ -18,7 +18,8 @@ from dataset.files import IGNORE_INDEX
 from dataset.lists import Sample
 from dataset.packing import collate, to_device
 from dataset.semi import Key, TrainDataset, UnlabeledViews, ValDataset
-from dataset.transform import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dataset.transform import IMAGENET, Normalization, normalize
+from util.config import Config
 from util.evaluate import center_crop, class_scores
 from util.precision import evaluation_copy
 from util.run import Run
@@ -37,9 +38,9 @@ class Views(NamedTuple):
     batch: Any
     labels: torch.Tensor | None
 
-    def on(self, device: torch.device) -> UnlabeledViews:
-        """On `device`, the strong views mixed."""
-        _, views, *partner = to_device(self.batch, device)
+    def on(self, device: torch.device, by: Normalization = IMAGENET) -> UnlabeledViews:
+        """On `device`, normalised `by` these values, the strong views mixed."""
+        _, views, *partner = to_device(self.batch, device, by=by)
         if partner:
             return views
         mixed = {
@@ -108,7 +109,7 @@ class Monitor:
         counts = PseudoLabelCounts(cfg.nclass, cfg.conf_thresh, device)
         rows: dict[bool, list[list[Image.Image]]] = {False: [], True: []}
         for batch in self._load():
-            u = batch.on(device)
+            u = batch.on(device, cfg.normalization)
             label, conf = pseudo_label(labeler(u.weak))
             truth = None if batch.labels is None else batch.labels.to(device)
             counts.add(label, conf, u.ignore_mask, truth)
@@ -131,9 +132,9 @@ class Monitor:
     ) -> list[Image.Image]:
         """One image's pictures. In the last but one, white pixels count, grey ones are unsure, black ones padding."""
         cfg = self._run.cfg
-        pictures = [_photo(u.weak[index])]
+        pictures = [_photo(u.weak[index], cfg)]
         for view, box in self._strong(u):
-            picture = _photo(view[index])
+            picture = _photo(view[index], cfg)
             if outline := Image.fromarray(255 * box[index].bool().byte().cpu().numpy()).getbbox():
                 left, top, right, bottom = outline
                 width = max(1, len(label) // 100)
@@ -153,9 +154,9 @@ class Monitor:
         for image, label in map(self._validation.__getitem__, range(len(self._validation))):
             if cfg.eval_mode == "center_crop":
                 image, label = center_crop(image, cfg.crop_size), center_crop(label, cfg.crop_size)
-            seen = normalize(image[None].to(self._run.device))
+            seen = normalize(image[None].to(self._run.device), cfg.normalization)
             classes = class_scores(network, seen, cfg.eval_mode, cfg.crop_size).classes()[0].byte().cpu().numpy()
-            pixels, truth = image.permute(1, 2, 0).numpy(), label.numpy()
+            pixels, truth = image[list(cfg.rgb_channels)].permute(1, 2, 0).numpy(), label.numpy()
             wrong = Image.fromarray(errors(pixels, truth, classes))
             pictures = [Image.fromarray(pixels), colorize(truth, cfg.palette), colorize(classes, cfg.palette), wrong]
             rows.append([_small(picture) for picture in pictures])
@@ -211,11 +212,11 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[index * len(samples) // count] for index in range(count)]
 
 
-def _photo(image: torch.Tensor) -> Image.Image:
-    """A normalised image (3, H, W) as it was."""
-    pixels = (
-        image.float().cpu() * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    )
+def _photo(image: torch.Tensor, cfg: Config) -> Image.Image:
+    """Red, green and blue of a normalised image (C, H, W) as they were."""
+    rgb = list(cfg.rgb_channels)
+    mean, std = (torch.tensor(values)[rgb][:, None, None] for values in cfg.normalization)
+    pixels = image[rgb].float().cpu() * std + mean
     return Image.fromarray((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
