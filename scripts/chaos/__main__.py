@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             fault = FAULTS[name]
             method = fault.method or args.methods[turn % len(args.methods)]
             expected, size = whole.end(method, fault.processes)
-            run = Run(root / f"round{number}", root / "data", fault.processes, method, checkpoint_bytes=size)
+            run = Run(
+                root / f"round{number}", root / "data", fault.processes, method, settings(method, fault.processes)
+            )
+            run.checkpoint_bytes = size
             with removed_at_the_end(run):
                 verdict = play(run, fault, random.Random(rng.random()), expected)
             table.add(name, run.lost, verdict)
@@ -70,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def settings(method: str, processes: int) -> list[str]:
+    """What a run changes in the config: UniMatch V2's BatchNorm needs two images."""
+    return ["batch_size=2"] if method == "unimatch_v2" and processes == 1 else []
+
+
 class Whole:
     """The ends of undisturbed runs, each made when it is first asked for."""
 
@@ -79,7 +87,8 @@ class Whole:
     def end(self, method: str, processes: int) -> tuple[dict[str, Any], int]:
         """What such a run leaves, and the bytes of its checkpoint."""
         if (method, processes) not in self._ends:
-            run = Run(self._root / f"{method}{processes}", self._root / "data", processes, method)
+            folder = self._root / f"{method}{processes}"
+            run = Run(folder, self._root / "data", processes, method, settings(method, processes))
             with removed_at_the_end(run):
                 run.finish()
                 self._ends[method, processes] = end_state(run.path), (run.path / LATEST).stat().st_size
