@@ -405,6 +405,15 @@ def test_a_fault_of_one_process_ends_the_others_and_one_tells_why(tmp_path, faul
         assert member.exitcode == status or status is None
 
 
+def test_a_machine_shows_the_failure_of_a_process_elsewhere(capsys):
+    """Under torchrun each has a terminal of its own; of its processes one speaks."""
+    for machine, local_rank in (("1", 0), ("1", 1), ("0", 0)):
+        watchdog = object.__new__(faults.Watchdog)  # without a store
+        watchdog._machine, watchdog._speaks_here = machine, local_rank == 0
+        watchdog._tell_here(faults.Report(0, "0", "process 0: images/7.jpg: truncated"))
+    assert capsys.readouterr().err == "error: process 0: images/7.jpg: truncated\n"
+
+
 def _maxima(rank: int, count: int) -> list[int]:
     requests = DelayedMax(60)
     maxima = [requests.reduce(number if rank == step % count else 0) for step, number in enumerate((0, 0, 15, 1, 0))]

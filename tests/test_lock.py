@@ -18,7 +18,7 @@ from tests.helpers import PROJECT_ROOT
 from util import lock
 from util.checkpoint import copy_checkpoint, save_checkpoint, writing
 from util.errors import SavePathError
-from util.lock import LOCK_FILE, check_lock, locked
+from util.lock import LOCK_FILE, check_lock, locked, release
 from util.log import RunLog
 from util.run_files import LOG_FILE
 
@@ -81,6 +81,15 @@ def test_the_lock_is_given_free_at_the_end_and_after_an_error(tmp_path):
     with locked(tmp_path) as notes:
         assert notes == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_process_ends_gives_the_lock_free_before_and_writes_nothing_more(tmp_path):
+    release(tmp_path)  # it is not locked: nothing happens
+    with locked(tmp_path):
+        release(tmp_path)
+        assert not (tmp_path / LOCK_FILE).exists()
+        with pytest.raises(SavePathError, match="this one ends and writes nothing more"):
+            check_lock(tmp_path)
 
 
 def test_a_killed_runs_lock_is_taken_over_saying_so(tmp_path, holder):

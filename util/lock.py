@@ -44,11 +44,20 @@ def locked(save_path: Path) -> Iterator[list[str]]:
     finally:
         stopped.set()
         heartbeat.join()
-        with contextlib.suppress(OSError):
-            if _is_own(path, file, own):
-                path.unlink()
+        release(save_path)
         del _held[key]
         file.close()
+
+
+def release(save_path: Path) -> None:
+    """Give `save_path` free, if this process has locked it: before an end that does not come by the end of `locked`.
+
+    Then another machine need not wait until the heartbeats have been missing for minutes.
+    """
+    key = save_path.resolve()
+    with contextlib.suppress(OSError):
+        if key in _held and _is_own(key / LOCK_FILE, *_held[key]):
+            (key / LOCK_FILE).unlink()
 
 
 def check_lock(save_path: Path) -> None:

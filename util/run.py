@@ -48,7 +48,7 @@ from util.distributed.launch import (
 from util.errors import ConfigError
 from util.init_from import check_start, load_start
 from util.lists import Lists, describe_doubts, find_lists, identify
-from util.lock import locked
+from util.lock import locked, release
 from util.log import RunLog
 from util.loggers import check_loggers
 from util.outputs import identity
@@ -203,7 +203,12 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         )
         told = hyperparameters(method, cfg, processes.count, lr)
         log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step, cfg.logger, told))
-        stack.enter_context(process_group(processes, device, cfg.dist_timeout, log.stopped))
+
+        def ended_by_others(line: str) -> None:  # without leaving this `with`
+            log.stopped(line)
+            release(save_path)
+
+        stack.enter_context(process_group(processes, device, cfg.dist_timeout, ended_by_others))
         own_config = identity(save_path / CONFIG_FILE)  # which may be the one that was given: then it stays as it is
         if processes.is_main and (own_config is None or own_config != identity(resolve_path(args.config))):
             with writing(save_path / CONFIG_FILE) as temporary:
