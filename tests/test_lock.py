@@ -94,7 +94,7 @@ def test_a_run_that_another_process_ends_gives_the_lock_free_before_and_writes_n
 
 def test_a_killed_runs_lock_is_taken_over_saying_so(tmp_path, holder):
     holder.kill()
-    time.sleep(0.5)  # nobody has waited for it yet: it is dead all the same
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie: dead all the same
     with locked(tmp_path) as (note,):
         assert f"(process {holder.pid} on {socket.gethostname()}) ended without giving the save path free" in note
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
