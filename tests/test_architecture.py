@@ -75,6 +75,7 @@ TESTED_BY = {
     "scripts/benchmark/__main__.py": "benchmark",
     "scripts/benchmark/data.py": "benchmark",
     "scripts/benchmark/evaluation.py": "benchmark",
+    "scripts/benchmark/gpu.py": "gpu_check",
     "scripts/benchmark/loss.py": "benchmark",
     "scripts/benchmark/memory.py": "benchmark",
     "scripts/benchmark/naive.py": "benchmark",
