@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.views import Partner, UnlabeledViews
-from util.semi import consistency_loss, cutmix, mask_ratio, predict_pseudo_label, pseudo_label
+from util.semi import consistency_loss, cutmix, cutmix_reversed, mask_ratio, predict_pseudo_label, pseudo_label
 
 THRESHOLDS = [0.0, 0.5, 0.95, 1.0]
 
@@ -107,6 +107,12 @@ def test_cutmix_takes_the_partners_values_inside_the_box_only(box_dtype):
         for index in np.ndindex(*shape):
             inside = box[index[0], index[-2], index[-1]] == 1
             assert mixed[index] == (partner if inside else own)[index]
+
+
+def test_the_reversed_batch_pairs_the_first_sample_with_the_last():
+    """Of three: in batches of two, rolling by one would be the same."""
+    own, box = torch.arange(3).view(3, 1, 1).expand(3, 1, 2), torch.tensor([[[True, False]]] * 3)
+    assert cutmix_reversed(own, box).tolist() == [[[2, 0]], [[1, 1]], [[0, 2]]]
 
 
 def test_cutmix_keeps_the_type_of_maps_and_leaves_its_inputs_alone():
