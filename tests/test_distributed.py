@@ -122,13 +122,13 @@ def _train(rank: int, count: int) -> dict[str, Any]:
     results = {}
     for method, steps in STEPS.items():
         model = _model().double()
-        model.fp_dropout = 0.0  # drawn per process, so not comparable
         model = distribute(model, CPU)
         optimizer = build_optimizer(model, lr=0.01, lr_multi=2)
         results[method] = []
         for step in range(steps):
             batch = _share(step, rank, count)
             optimizer.zero_grad()
+            torch.manual_seed(step)  # of dropout, which each process draws for all
             metrics = _step(method, model, batch)
             means = all_reduce_sum(torch.stack(list(metrics.values()))) / process_count()
             gradients = {name: p.grad.clone() for name, p in unwrap(model).named_parameters()} if rank == 0 else {}

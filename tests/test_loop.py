@@ -63,8 +63,8 @@ def test_the_first_step_that_is_not_finite_is_named_with_its_terms(bad):
     assert "\n" not in str(stopped.value)
 
 
-def test_every_step_of_every_process_has_a_seed_of_its_own():
-    places = list(itertools.product(range(2), range(3), range(20), range(4)))
+def test_every_step_has_a_seed_of_its_own():
+    places = list(itertools.product(range(2), range(3), range(20)))
     seeds = [step_seed(*place) for place in places]
     assert len(set(seeds)) == len(places)
     assert seeds == [step_seed(*place) for place in places]

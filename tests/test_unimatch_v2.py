@@ -212,3 +212,23 @@ def test_a_batch_without_a_valid_pixel_gives_zero_losses():
         ("loss", "loss_x", "loss_s", "mask_ratio"), 0.0
     )
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model", ["deeplabv3plus", "dpt"])
+def test_a_process_drops_of_its_samples_what_one_process_with_all_would(model):
+    keys = {"replace_stride_with_dilation": (False, False, True), "dilations": (6, 12, 18), "pretrained": False}
+    backbone, size = ("resnet10", 33) if model == "deeplabv3plus" else ("dinov2_small", 28)
+    network = build_model(SimpleNamespace(model=model, backbone=backbone, nclass=3, **keys)).double().eval()
+    image = torch.randn(8, 3, size, size, dtype=torch.float64)
+
+    @torch.no_grad()
+    def perturbed(rows, share):
+        network.share = share
+        torch.manual_seed(3)
+        return network(image[rows], need_fp=True)[1], network(image[rows], comp_drop=True)
+
+    whole = perturbed(list(range(8)), (0, 1))
+    for rank in range(2):
+        rows = [rank, rank + 2, 4 + rank, 6 + rank]
+        for own, all_rows in zip(perturbed(rows, (rank, 2)), whole, strict=True):
+            assert (own - all_rows[rows]).abs().max() < 1e-12

@@ -22,10 +22,21 @@ def complementary_dropout(pairs: int, width: int) -> Tensor:
     return torch.cat([first, 2 - first])
 
 
-def dropout_factors(comp_drop: bool | Tensor, batch: int, width: int) -> Tensor | None:
+def own_rows(factors: Tensor, share: tuple[int, int]) -> Tensor:
+    """The rows that are one process's of factors drawn for all of them, (2 T, ...): of two parts of T samples each.
+
+    `share` = (number of the process, processes). Sample j of a step is process j mod `processes`'s, as in EpochSampler,
+    so what a sample loses does not depend on how many processes there are.
+    """
+    rank, processes = share
+    return factors if processes == 1 else factors.unflatten(0, (2, -1))[:, rank::processes].flatten(0, 1)
+
+
+def dropout_factors(comp_drop: bool | Tensor, batch: int, width: int, share: tuple[int, int] = (0, 1)) -> Tensor | None:
     """What a model's argument `comp_drop` stands for: factors (batch, width), or None for False.
 
-    True: drawn for a batch of two views, [s1; s2]. Raises ValueError if it cannot be halved.
+    True: drawn for a batch of two views, [s1; s2]; of all processes' samples this one has its `share`, as in own_rows.
+    Raises ValueError if the batch cannot be halved.
     """
     if isinstance(comp_drop, Tensor):
         return comp_drop
@@ -33,4 +44,4 @@ def dropout_factors(comp_drop: bool | Tensor, batch: int, width: int) -> Tensor 
         return None
     if batch % 2:
         raise ValueError(f"comp_drop: two views of each image needed, got a batch of {batch}")
-    return complementary_dropout(batch // 2, width)
+    return own_rows(complementary_dropout(batch // 2 * share[1], width), share)

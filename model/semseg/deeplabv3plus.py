@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.activation_checkpoint import run
 from model.semseg.atrous import AtrousConv2d
-from model.semseg.complementary import dropout_factors
+from model.semseg.complementary import dropout_factors, own_rows
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> list[nn.Module]:
@@ -74,6 +74,7 @@ class DeepLabV3Plus(nn.Module):
     `checkpoint_activations`: the parts that are computed again in the backward pass, "none", "backbone" or "all".
     `autocast_dtype`, a 16-bit type, is what the forward pass computes in where that is safe; logits are float32.
     `fp_dropout` is the rate of the channel dropout of the feature perturbation; 0 turns it off.
+    `share`, (number of this process, processes), is which of a step's samples it has: dropout is drawn for all.
     """
 
     size_multiple = 1  # what an image's sides must be multiples of, in pixels
@@ -89,6 +90,7 @@ class DeepLabV3Plus(nn.Module):
         super().__init__()
         width = backbone.c4_channels // 8
         self.fp_dropout = 0.5
+        self.share = (0, 1)
         self.autocast_dtype: torch.dtype | None = None
         self.drop_width = backbone.c1_channels + backbone.c4_channels
         self.backbone = backbone
@@ -111,7 +113,7 @@ class DeepLabV3Plus(nn.Module):
         `comp_drop`: complementary dropout (UniMatch V2) of c1 and c4 on a batch of both strong views, [s1; s2]. A
         tensor (B, drop_width) gives the factors, c1's first, as `complementary_dropout` draws them.
         """
-        factors = dropout_factors(comp_drop, x.shape[0], self.drop_width)
+        factors = dropout_factors(comp_drop, x.shape[0], self.drop_width, self.share)
         if self.autocast_dtype is None:
             logits = self._logits(x, need_fp, factors)
         else:
@@ -130,8 +132,12 @@ class DeepLabV3Plus(nn.Module):
         if not need_fp:
             return self._decode(c1, c4)
         # Drawn for c1 first. Functions, not modules, so that eval mode does not turn them off.
-        drops = [F.dropout2d(c.new_ones(*c.shape[:2], 1, 1), self.fp_dropout, training=True) for c in (c1, c4)]
-        return self._decode(c1, c4, *drops)
+        return self._decode(c1, c4, self._channel_dropout(c1), self._channel_dropout(c4))
+
+    def _channel_dropout(self, c: Tensor) -> Tensor:
+        """Factors (B, channels, 1, 1)."""
+        whole = c.new_ones(c.shape[0] * self.share[1], c.shape[1], 1, 1)
+        return own_rows(F.dropout2d(whole, self.fp_dropout, training=True), self.share)
 
     def _decode(self, c1: Tensor, c4: Tensor, *drops: Tensor) -> Tensor:
         """(B, c1_channels, h, w), (B, c4_channels, ., .) -> logits (B, nclass, h, w).

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.activation_checkpoint import run
 from model.backbone.dinov2 import PATCH, DINOv2
-from model.semseg.complementary import dropout_factors
+from model.semseg.complementary import dropout_factors, own_rows
 
 # Channels of the fused features, and of the features of each tap before they are fused.
 HEAD_WIDTHS = {
@@ -115,6 +115,7 @@ class DPT(nn.Module):
     `checkpoint_activations`: the parts that are computed again in the backward pass, "none", "backbone" or "all".
     `autocast_dtype`, a 16-bit type, is what the forward pass computes in where that is safe; logits are float32.
     `fp_dropout` is the rate of the channel dropout of UniMatch's feature perturbation; 0 turns it off.
+    `share`, (number of this process, processes), is which of a step's samples it has: dropout is drawn for all.
     """
 
     size_multiple = PATCH  # what an image's sides must be multiples of, in pixels
@@ -129,6 +130,7 @@ class DPT(nn.Module):
     ) -> None:
         super().__init__()
         self.fp_dropout = 0.5
+        self.share = (0, 1)
         self.autocast_dtype: torch.dtype | None = None
         self.drop_width = backbone.width
         self.backbone = backbone
@@ -149,7 +151,7 @@ class DPT(nn.Module):
         height, width = x.shape[2:]
         if height % PATCH or width % PATCH:
             raise ValueError(f"image of {height} x {width} pixels: DINOv2 needs sides that are multiples of {PATCH}")
-        factors = dropout_factors(comp_drop, x.shape[0], self.drop_width)
+        factors = dropout_factors(comp_drop, x.shape[0], self.drop_width, self.share)
         if self.autocast_dtype is None:
             logits = self._logits(x, need_fp, factors)
         else:
@@ -173,4 +175,5 @@ class DPT(nn.Module):
 
     def _channel_dropout(self, tokens: Tensor) -> Tensor:
         """Factors (B, 1, width). A function, not a module, so that eval mode does not turn it off."""
-        return F.dropout(tokens.new_ones(len(tokens), 1, tokens.shape[2]), self.fp_dropout, training=True)
+        whole = tokens.new_ones(len(tokens) * self.share[1], 1, tokens.shape[2])
+        return own_rows(F.dropout(whole, self.fp_dropout, training=True), self.share)

@@ -19,6 +19,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     model = model.to(device)
     if not dist.is_initialized():
         return model
+    model.share = dist.get_rank(), dist.get_world_size()  # of a step's samples, for what is drawn for them
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:

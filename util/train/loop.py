@@ -123,8 +123,9 @@ class Trainer:
             while batches := list(islice(waited, cfg.accumulate)):
                 iteration = progress.iteration
                 set_poly_lr(optimizer, iteration, self._total)
-                # Channel dropout draws from torch's generator. Seeded anew, it depends on the step alone.
-                torch.manual_seed(step_seed(cfg.seed, progress.epoch, progress.position, self._run.processes.rank))
+                # Channel dropout draws from torch's generator. Seeded anew, it depends on the step alone, and on all
+                # processes alike: each draws for all samples of the step.
+                torch.manual_seed(step_seed(cfg.seed, progress.epoch, progress.position))
                 self._metrics.append(iteration, *self._step.run(self._feed(batch) for batch in batches))
                 progress.position += 1
                 bar.update()
@@ -156,9 +157,9 @@ class Trainer:
         run.log.scalars(curves, last)
 
 
-def step_seed(seed: int, epoch: int, index: int, rank: int) -> int:
-    """The seed of torch's generators for one step of one process."""
-    return int(np.random.SeedSequence([seed, STEP_STREAM, epoch, index, rank]).generate_state(1, np.uint64)[0])
+def step_seed(seed: int, epoch: int, index: int) -> int:
+    """The seed of torch's generators for one step, on every process."""
+    return int(np.random.SeedSequence([seed, STEP_STREAM, epoch, index, 0]).generate_state(1, np.uint64)[0])
 
 
 def _evaluated(whose: str | None, model: nn.Module, teacher: Teacher | None) -> Iterator[tuple[str, nn.Module]]:
