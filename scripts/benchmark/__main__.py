@@ -27,6 +27,7 @@ from scripts.benchmark.data import measure_data, measure_loader, measure_startup
 from scripts.benchmark.evaluation import measure_evaluate
 from scripts.benchmark.inputs import write_inputs
 from scripts.benchmark.loss import measure_loss
+from scripts.benchmark.monitor import measure_monitor
 from scripts.benchmark.rows import line
 from scripts.benchmark.step import measure_step
 from scripts.benchmark.step_v2 import measure_step_v2
@@ -40,6 +41,7 @@ GROUPS = {
     "step": measure_step,
     "step_v2": measure_step_v2,
     "evaluate": measure_evaluate,
+    "monitor": measure_monitor,
     "startup": measure_startup,
 }
 

@@ -23,7 +23,7 @@ COLOURS = {
 }
 LINES = ("-", "--", "-.", ":")  # from the eighth group on
 POINTS = 200  # of a curve at most: means of neighbours
-WIDTH, HEIGHT = 5.4, 3.3  # inches
+WIDTH, HEIGHT = 4.6, 3.0  # inches
 
 
 @dataclass(frozen=True)
