@@ -26,7 +26,8 @@ from util.config import Config, load_config, resolve_path
 from util.errors import ConfigError
 from util.lists import list_unlabeled
 from util.outputs import MARK, check_targets, replacing, save_picture
-from util.visualize import percent, share_chart
+from util.plots import has_matplotlib, share_chart
+from util.visualize import percent
 
 REPORT, CHART = "report.txt", "classes.png"
 
@@ -130,9 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_statistics_lines(cfg, [data_root / sample.image for sample in (*labeled, *unlabeled)]))
     if output:
         shares = class_shares(inspection, cfg.nclass)
+        drawn = bool(shares) and has_matplotlib()
         report = "\n\n".join([title, format_findings(inspection), table, verdict, ""])
-        write_output(output, report, share_chart(cfg.classes, shares) if shares else None)
-        print(f"all findings are in {output / REPORT}" + (f", the classes in {output / CHART}" if shares else ""))
+        write_output(output, report, share_chart(cfg.classes, shares) if drawn else None)
+        print(f"all findings are in {output / REPORT}" + (f", the classes in {output / CHART}" if drawn else ""))
+        if shares and not drawn:
+            print(f"{output / CHART} is not drawn: it needs matplotlib: pip install -r requirements-tools.txt")
     if inspection.at(ERROR) or (args.strict and inspection.at(WARNING)):
         raise SystemExit(1)
 

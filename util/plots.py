@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from util.errors import ConfigError
+from util.visualize import percent
 
 DPI = 100
 BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"  # of Okabe and Ito, for all kinds of colour vision
@@ -22,6 +24,10 @@ def require_matplotlib(what: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(f"{what} needs matplotlib: pip install -r requirements-tools.txt") from None
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -62,14 +68,18 @@ def contact_sheet(
 
     across = min(across, len(cells))
     rows, columns = -(-len(cells) // across), across * len(titles)
-    shapes = [picture.shape for _, pictures in cells for picture in pictures]
-    ratio = min(2.0, max(shape[0] / shape[1] for shape in shapes))
+    shapes = [pictures[0].shape for _, pictures in cells]
+    # Height by width of each row's tallest picture: a wide picture leaves no gap below.
+    ratios = [max(shape[0] / shape[1] for shape in shapes[row * across :][:across]) for row in range(rows)]
+    ratios = [min(2.0, ratio) for ratio in ratios]
     width = max(6.0, 2.6 * columns)
     legend_rows = -(-len(present) // max(1, int(width / 1.9)))
-    figure = new_figure(width, rows * (width / columns * ratio + 0.3) + 0.4 + 0.22 * legend_rows)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    heights = [width / columns * ratio + 0.3 for ratio in ratios]
+    figure = new_figure(width, sum(heights) + 0.4 + 0.22 * legend_rows)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set_axis_off()
+        axis.set_anchor("N")
     for number, (name, pictures) in enumerate(cells):
         row, column = divmod(number, across)
         for offset, picture in enumerate(pictures):
@@ -111,7 +121,7 @@ def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> Image.Imag
     axis.set_ylabel("true")
     if count <= 30:
         for (row, column), share in np.ndenumerate(shares):
-            if share >= 0.005:
+            if not np.isnan(share) and round(100 * share) >= 1:
                 colour = "black" if share > 0.5 else "white"
                 axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     else:  # lines that lead the eye to the names
@@ -188,4 +198,35 @@ def class_chart(classes: Sequence[str], series: dict[str, Sequence[float]], titl
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(textwrap.shorten(title, 90), fontsize=10)
     figure.legend(loc="outside upper right", ncols=len(series), frameon=False, fontsize=8)
+    return to_image(figure)
+
+
+def share_chart(classes: Sequence[str], shares: dict[str, Sequence[float]]) -> Image.Image:
+    """Horizontal bars of `shares` (0 to 1, one for each class, keyed by series): logarithmic, from 0.001 % on."""
+    count, height = len(classes), 0.2 * len(shares) + 0.12
+    figure = new_figure(8, 1.0 + height * count)
+    axis = figure.subplots()
+    least = 1e-3  # percent
+    for number, ((name, values), colour) in enumerate(zip(shares.items(), (BLUE, ORANGE, GREEN), strict=False)):
+        where, percents = np.arange(count) * height + 0.2 * number, 100 * np.asarray(values, float)
+        # From the left edge, which a logarithmic axis has no zero for.
+        axis.barh(where, np.maximum(percents - least, 0), 0.18, left=least, color=colour, label=name)
+        for y, value, share in zip(where, percents, values, strict=True):
+            axis.text(max(value, least), y, f" {percent(share)}", va="center", fontsize=7, color=GREY)
+    axis.set_xscale("log")
+    axis.set_xlim(least, 400)  # room for the numbers
+    ticks = [0.001, 0.01, 0.1, 1, 10, 100]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_yticks(
+        np.arange(count) * height + 0.1 * (len(shares) - 1),
+        [f"{plain(name, 24)}  {index}" for index, name in enumerate(classes)],
+        fontsize=8,
+    )
+    axis.set_ylim(height * count - 0.1, -0.25)
+    axis.set_xlabel("percent of the pixels that are not ignored")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", color="#d7d7d7", linewidth=0.5)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside upper right", ncols=len(shares), frameon=False, fontsize=8)
     return to_image(figure)

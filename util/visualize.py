@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -62,40 +62,6 @@ def errors(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> np.ndar
     colour = np.where((label == classes)[..., None], RIGHT, WRONG)
     mixed = np.where((label == IGNORE_INDEX)[..., None], grey, 0.4 * grey + 0.6 * colour)
     return np.broadcast_to(mixed, image.shape).round().astype(np.uint8)
-
-
-def share_chart(classes: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Image.Image:
-    """Horizontal bars of `shares` (0 to 1, one for each class, keyed by series), on a logarithmic scale from 0.001 %.
-
-    Class names that Pillow's own font cannot write get `?` for the characters it lacks.
-    """
-    texts = [" ".join(f"{index} {name}".split())[:40] for index, name in enumerate(classes)]
-    names = [text.encode("latin-1", "replace").decode("latin-1") for text in texts]
-    colours = [(0, 114, 178), (230, 159, 0), (0, 158, 115)]
-    font, bar, width, decades = ImageFont.load_default(), 11, 500, 5
-    left = 20 + max(int(font.getlength(name)) for name in names)
-    row, top = bar * len(shares) + 9, 46
-    chart = Image.new("RGB", (left + width + 80, top + row * len(names) + 10), "white")
-    drawing = ImageDraw.Draw(chart)
-    x = left
-    for colour, series in zip(colours, shares, strict=False):
-        drawing.rectangle((x, 9, x + 9, 18), colour)
-        drawing.text((x + 14, 7), series, "black", font)
-        x += 40 + int(font.getlength(series))
-    for decade in range(decades + 1):
-        x = left + width * decade // decades
-        drawing.line((x, top - 6, x, chart.height - 6), (215, 215, 215))
-        drawing.text((x - 8, top - 20), f"{10.0 ** (decade - 3):g} %", (90, 90, 90), font)
-    for index, name in enumerate(names):
-        y = top + row * index
-        drawing.text((8, y + (row - 9) // 2 - 6), name, "black", font)
-        for colour, values in zip(colours, shares.values(), strict=False):
-            share = values[index]
-            length = width * (1 + math.log10(share) / decades) if share else 0
-            drawing.rectangle((left, y, left + max(0, int(length)), y + bar - 2), colour if share else "white")
-            drawing.text((left + max(0, int(length)) + 5, y - 2), percent(share), "black", font)
-            y += bar
-    return chart
 
 
 def percent(share: float) -> str:
