@@ -285,7 +285,12 @@ def test_other_image_works_with_one_image_per_process(root):
 def test_labels_of_unlabelled_images_are_never_opened(root, monkeypatch):
     opened = set()
     open_label = dataset.source.open_label
-    monkeypatch.setattr(dataset.source, "open_label", lambda path: opened.add(Path(path).name) or open_label(path))
+
+    def noted(path, *rest):
+        opened.add(Path(path).name)
+        return open_label(path, *rest)
+
+    monkeypatch.setattr(dataset.source, "open_label", noted)
     for partner in ("same_image", "other_image"):
         sampler = EpochSampler(LABELED, UNLABELED, 1, 0, partner=partner)
         assert len(list(train_loader(_dataset(root), sampler, LoaderOptions()))) == UNLABELED
