@@ -1,10 +1,9 @@
 """A cache of decoded images and labels, in memory or on a disk, shared by the loading processes of a machine.
 
-One file per picture: a header that says of which source file (its size and time of change) and the pixels, row by row.
-Readers map it into memory, so that only the part that a crop needs is read, and keep the latest of these maps. A file
-appears under its name when it is complete, so that neither two writers nor a kill can leave half a picture. When the
-cache is full it stays as it is: every picture is used once an epoch, so no choice of which to keep would be better than
-the first that came.
+Each picture is one file: a header with the size and the time of change of its source file, then the pixels row by row.
+Readers map the file into memory and so read only the part that a crop needs. A file gets its name when it is complete:
+neither two writers nor a kill can leave half a picture. A full cache keeps what it has. Every picture is used once an
+epoch, so replacing some by others would gain nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from dataset.errors import DataError
 from dataset.files import LabelColors, read_indices, read_pixels
 
 SHARED_MEMORY = Path("/dev/shm")
-MAX_MAPS = 4096  # pictures that a process keeps mapped; of the labelled ones, which come often, mostly all
-SPARE = 2**30  # bytes left free: batches on their way from the workers are in shared memory too
+MAX_MAPS = 4096  # pictures that a process keeps mapped; labelled ones, which come often, mostly stay among them
+SPARE = 2**30  # bytes left free: batches from the workers need shared memory too
 _PREFIX = "unimatch-cache-"
 # Magic, bytes and time (ns) of the source file, height, width, channels (0: a label).
 _HEADER = struct.Struct("<8sQQIII")
@@ -49,7 +48,7 @@ class ImageCache:
         self._maps: OrderedDict[tuple[str | Path, str, int], tuple[tuple[int, int], np.ndarray]] = OrderedDict()
         try:
             self._lock, self._owner = _hold(self.folder), os.getpid()
-            with self._counter() as counter:  # recounted: a killed writer had announced what it never wrote
+            with self._counter() as counter:  # counted anew: a killed writer may have reserved what it never wrote
                 counter.write(_size(self.folder))
         except OSError as error:
             raise DataError(f"cache_dir {self.folder}: cannot be used: {error.strerror}") from None

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-SEARCHED = 32  # pixels on each side of a crop's window among which the window that is resized begins and ends
-SMALL = 2**16  # pixels of a picture that is resized whole, since cutting it up would save nothing
+SEARCHED = 32  # how many pixels beyond the crop, on each side, the part that is resized may reach
+SMALL = 2**16  # a picture of at most so many pixels is resized whole: a part of it would save nothing
 
 
 def resized_size(width: int, height: int, long_side: int) -> tuple[int, int]:
@@ -38,7 +38,7 @@ def resize_nearest(
 
 @functools.lru_cache(maxsize=4096)  # some MB; a data set has few sizes
 def _nearest_index(old: int, new: int) -> np.ndarray:
-    """Which of `old` pixels Pillow takes for each of `new`: it is asked, as its rounding is its own."""
+    """Which of `old` pixels Pillow takes for each of `new`. Pillow itself is asked, since it rounds in its own way."""
     ramp = Image.fromarray(np.arange(old, dtype=np.int32)[None])
     return np.asarray(ramp.resize((new, 1), Image.Resampling.NEAREST))[0]
 
@@ -81,10 +81,10 @@ def _resized_whole(width: int, height: int, new_width: int, new_height: int) -> 
 
 
 def _in_height_first(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """Whether Pillow may resize a picture in height before width, as newer versions do with some that shrink.
+    """Whether Pillow may resize a picture in height before width: newer versions do, where that is less work.
 
-    The result between the two passes is rounded, so the order shows. Here all are resized in width first, but for
-    pictures that Pillow itself would not.
+    The order shows in the result, since values are rounded between the two passes. All other pictures are resized in
+    width first.
     """
     return height - new_height > 2 * max(width - new_width, 0)
 
@@ -102,8 +102,11 @@ def _cut(image: Image.Image | np.ndarray, left: int, top: int, right: int, botto
 
 
 class _Span(NamedTuple):
-    """Along one axis: the source's pixels from `first` to before `last`, of which those from `begin` to `end`, counted
-    from `first`, become `size` pixels of the resized picture, from its pixel `start` on."""
+    """What is resized along one axis.
+
+    The source's pixels `first` to `last` (excluded) are cut out. Of these the part from `begin` to `end`, counted from
+    `first`, becomes `size` pixels of the resized picture, which begin at its pixel `start`.
+    """
 
     first: int
     last: int
@@ -114,11 +117,11 @@ class _Span(NamedTuple):
 
 
 def _source_span(window: slice, old: int, new: int) -> _Span:
-    """What is to be resized of `old` pixels that would become `new`, so that the result holds `window`.
+    """Which part of `old` pixels to resize, where all of them would become `new`, so that the result holds `window`.
 
-    It holds some pixels more: Pillow takes `begin`, `end` and their difference in float32, and the weights of the
-    whole picture follow only from those that float32 hits well. With the best ones that are near, a tenth of the pixels
-    are off that would be otherwise.
+    The part is somewhat larger than needed. Pillow keeps `begin`, `end` and their difference in float32, and gives the
+    values of the whole picture only where float32 holds them nearly exactly. Choosing the best ends nearby leaves a
+    tenth as many pixels off by one level.
     """
     scale = old / new
     reach = _reach(scale)
@@ -129,7 +132,7 @@ def _source_span(window: slice, old: int, new: int) -> _Span:
     begins, ends = exact.astype(np.float32), (stops * old / new - firsts).astype(np.float32)
     sizes = stops - starts
     error = np.abs(begins - exact) + np.abs((ends - begins) - sizes * old / new)
-    # The shortest of the exact ones; where there are none, one that is nearly the best, but shorter.
+    # Prefer the shortest of the exact parts; where none is exact, a short one that is nearly the best.
     error += sizes * np.where(error < 1e-10, 1e-12, 3e-8)
     row, column = divmod(int(error.argmin()), len(stops))
     start, stop, first = int(starts[row, 0]), int(stops[column]), int(firsts[row, 0])
