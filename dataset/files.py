@@ -224,7 +224,7 @@ def jpeg_decoder() -> Callable[[np.ndarray], np.ndarray] | None:
     def decode(data: np.ndarray) -> np.ndarray:
         return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
-    pixels = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 21, 3), dtype=np.uint8)  # below any limit of sizes
     for subsampling in (0, 1, 2):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=80, subsampling=subsampling)

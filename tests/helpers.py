@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from model import WeightsError, build_model
 from model.backbone import create_backbone
 from scripts.benchmark.naive import paste_partner
 from tests.reference import formulas
+from util.cli import run_main
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,7 +101,7 @@ def make_dataset(
         "epochs": 1,
         "batch_size": 2,
         "lr": 0.001,
-        "backbone": "resnet18",
+        "backbone": "resnet10",
         "pretrained": False,
         "device": "cpu",
         "workers": 0,
@@ -117,6 +121,18 @@ def run_script(
     command = [sys.executable, *map(str, args)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command, cwd=cwd, env=variables, timeout=timeout, capture_output=True, text=True, check=False)
+
+
+def run_here(module: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    """As `run_script`, but in this process, which has imported everything: `run_here("scripts.predict", ...)`."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    main = importlib.import_module(module).main
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_main(lambda: main([*map(str, args)]))
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess([module, *map(str, args)], status, out.getvalue(), err.getvalue())
 
 
 def load_checkpoint(path: Path, name: str = "latest.pth") -> dict[str, Any]:
@@ -141,9 +157,9 @@ def assert_same(first: Any, second: Any, where: str = "checkpoint") -> None:
 
 
 def model_config(**changes: Any) -> SimpleNamespace:
-    """The keys of a config that shape a model and how it computes; by default a ResNet-18 with 5 classes."""
+    """The keys of a config that shape a model and how it computes; by default a ResNet-10 with 5 classes."""
     values = {
-        "backbone": "resnet18",
+        "backbone": "resnet10",
         "nclass": 5,
         "dilations": (6, 12, 18),
         "replace_stride_with_dilation": (False, False, True),

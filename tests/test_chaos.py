@@ -11,10 +11,10 @@ from tests.helpers import run_script
 
 
 def test_runs_that_were_harmed_end_as_one_that_was_not():
-    faults = ["kill-in-save", "damage"]
-    result = run_script("-m", "scripts.chaos", "--rounds", "2", "--faults", *faults, "--methods", "unimatch")
+    faults = ["kill-in-save"]
+    result = run_script("-m", "scripts.chaos", "--rounds", "1", "--faults", *faults, "--methods", "unimatch")
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = [line.split() for line in result.stdout.splitlines()[-2:]]
+    rows = [line.split() for line in result.stdout.splitlines()[-1:]]
     assert [(row[0], row[1], row[-1]) for row in rows] == [(name, "1", "1") for name in faults]
 
 

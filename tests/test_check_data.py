@@ -31,7 +31,7 @@ from tests.faults import (
     replace_image,
     truncated_label,
 )
-from tests.helpers import make_dataset, run_script
+from tests.helpers import make_dataset, run_here
 from util.cli import parse_args
 from util.errors import ConfigError
 from util.plots import share_chart
@@ -553,7 +553,7 @@ def test_the_exit_status_is_for_scripts(data, tmp_path, fault, further, status):
     if fault:
         fault(data)
     arguments = ["--config", data.config, "--labeled-id-path", data.labeled, "--output", tmp_path / "out"]
-    ended = run_script("-m", "scripts.check_data", *arguments, *further)
+    ended = run_here("scripts.check_data", *arguments, *further)
     assert ended.returncode == status
     if status == 2:
         assert ended.stderr == "error: no/such.txt: no such list file\n" and ended.stdout == ""
@@ -567,7 +567,7 @@ def test_the_exit_status_is_for_scripts(data, tmp_path, fault, further, status):
     [
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--show", "-1"], "--show -1: must be at least 0"),
-        (["--output", "{root}/config.yaml"], "config.yaml: cannot be made"),
+        (["--output", "{root}/config.yaml"], "config.yaml is no folder"),
     ],
 )
 def test_wrong_arguments_are_one_line(data, arguments, fragment):

@@ -145,12 +145,12 @@ def _train(rank: int, count: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """For 1, 2 and 4 processes, what each process found in training."""
-    return {count: _run(_train, count, tmp_path_factory.mktemp(f"train{count}")) for count in (1, 2, 4)}
+    """For one and two processes, what each process found in training."""
+    return {count: _run(_train, count, tmp_path_factory.mktemp(f"train{count}")) for count in (1, 2)}
 
 
 @pytest.mark.parametrize("method", STEPS)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2])
 def test_several_processes_give_the_losses_of_one(trained, method, count):
     for one, several in zip(trained[1][0][method], trained[count][0][method], strict=True):
         expected, found = dict(one["metrics"]), dict(several["metrics"])
@@ -162,7 +162,7 @@ def test_several_processes_give_the_losses_of_one(trained, method, count):
 
 
 @pytest.mark.parametrize("method", STEPS)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2])
 def test_several_processes_give_the_gradients_of_one(trained, method, count):
     for one, several in zip(trained[1][0][method], trained[count][0][method], strict=True):
         assert list(several["gradients"]) == list(one["gradients"])
@@ -173,7 +173,7 @@ def test_several_processes_give_the_gradients_of_one(trained, method, count):
 
 
 @pytest.mark.parametrize("method", STEPS)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2])
 def test_after_a_step_every_process_has_the_same_weights_to_the_bit(trained, method, count):
     start = _digest(_model().double())
     for step in range(STEPS[method]):

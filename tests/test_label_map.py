@@ -15,7 +15,7 @@ from dataset.semi import Key, TrainDataset, ValDataset
 from dataset.source import DataSource
 from model import build_model
 from scripts import evaluate, predict
-from tests.helpers import make_dataset, run_script
+from tests.helpers import make_dataset, run_here
 from util.config import Config, differing_keys, load_config, parse_label_map, to_dict
 from util.errors import ConfigError
 
@@ -177,7 +177,7 @@ def test_evaluation_and_the_truth_panel_use_the_map(data, coded, tmp_path, capsy
 def test_training_on_coded_labels_is_training_on_classes(data, coded, tmp_path):
     weights = []
     for each in (data, coded):
-        run = run_script("supervised.py", *each.arguments(tmp_path / each.root.name))
+        run = run_here("supervised", *each.arguments(tmp_path / each.root.name))
         assert run.returncode == 0, run.stderr
         weights.append(torch.load(tmp_path / each.root.name / "latest.pth", weights_only=True))
     assert all(torch.equal(weights[0]["model"][name], value) for name, value in weights[1]["model"].items())

@@ -14,7 +14,7 @@ from dataset.check import check_samples
 from dataset.lists import find_unlabeled, read_list
 from scripts import make_splits
 from scripts.make_splits import config_snippet, draw, list_line, parse_share
-from tests.helpers import run_script
+from tests.helpers import run_here
 from util.cli import run_main
 from util.config import load_config
 from util.errors import ConfigError
@@ -327,21 +327,21 @@ def test_a_folder_of_0_255_masks_trains_and_is_evaluated_by_config_alone(tmp_pat
         if i < 10:
             Image.fromarray(mask.astype(np.uint8) * 255).save(root / f"masks/cell {i}.png")
     words = arguments(root, labels=root / "masks", output="lists", val="0.2", labeled="1/2")
-    run = run_script("-m", "scripts.make_splits", *words, "--label-map", "{0: 0, 255: 1}")
+    run = run_here("scripts.make_splits", *words, "--label-map", "{0: 0, 255: 1}")
     assert run.returncode == 0, run.stderr
     snippet = yaml.safe_load(run.stdout.split("other keys):")[1].split("and on the command line")[0])
     assert snippet["label_map"] == {0: 0, 255: 1} and len(snippet["classes"]) == 2
-    rest = {"crop_size": 32, "epochs": 1, "batch_size": 2, "lr": 0.001, "backbone": "resnet18", "pretrained": False}
+    rest = {"crop_size": 32, "epochs": 1, "batch_size": 2, "lr": 0.001, "backbone": "resnet10", "pretrained": False}
     config = tmp_path / "cells.yaml"
     config.write_text(yaml.safe_dump({**snippet, **rest, "device": "cpu", "workers": 0}), encoding="utf-8")
     assert load_config(config).label_map == {0: 0, 255: 1}
     lists = ["--labeled-id-path", root / "lists/labeled.txt", "--save-path", tmp_path / "run"]
-    run = run_script("supervised.py", "--config", config, *lists)
+    run = run_here("supervised", "--config", config, *lists)
     assert run.returncode == 0, run.stderr
-    run = run_script("-m", "scripts.evaluate", "--config", config, "--checkpoint", tmp_path / "run/latest.pth")
+    run = run_here("scripts.evaluate", "--config", config, "--checkpoint", tmp_path / "run/latest.pth")
     assert run.returncode == 0, run.stderr
     scores = {name.strip(): float(score) for name, score in (x.rsplit(maxsplit=1) for x in run.stdout.splitlines()[1:])}
     assert {"class 0", "class 1"} <= set(scores) and all(0 <= score <= 100 for score in scores.values())
-    run = run_script("-m", "scripts.evaluate", "--config", config, "--checkpoint", tmp_path / "run/latest.pth",
+    run = run_here("scripts.evaluate", "--config", config, "--checkpoint", tmp_path / "run/latest.pth",
                      "--set", "label_map=")  # fmt: skip
     assert run.returncode == 2 and "label_map: {0: 0, 255: 1}" in run.stderr

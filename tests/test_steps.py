@@ -48,8 +48,11 @@ def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torc
 
 
 @pytest.mark.usefixtures("draws_of_the_cpu")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FIGURES["steps"]))
-def test_eight_steps_equal_the_reference_figures(name, device):
+def test_steps_equal_the_reference_figures(name, device):
+    """All eight of UniMatch's, to the weights at the end; of the others, on a CPU, the first three."""
+    steps = STEPS if name == "unimatch/CELoss" or torch.device(device).type != "cpu" else 3
     method, criterion_name = name.split("/")
     expected = FIGURES["steps"][name]
     model = make_model(backbone="resnet50")
@@ -62,7 +65,7 @@ def test_eight_steps_equal_the_reference_figures(name, device):
     assert [len(group["params"]) for group in optimizer.param_groups] == expected["groups"]
     torch.manual_seed(SEED)
     seen = {curve: [] for curve in expected["scalars"]}
-    for i in range(STEPS):
+    for i in range(steps):
         set_poly_lr(optimizer, i, STEPS)
         optimizer.zero_grad()
         batch = tree_map_only(torch.Tensor, lambda x: x.to(device), _batch(i))
@@ -72,7 +75,9 @@ def test_eight_steps_equal_the_reference_figures(name, device):
             assert value.ndim == 0 and not value.requires_grad
             seen[f"train/{CURVES.get(key, key)}"].append(float(value))
     for curve, values in expected["scalars"].items():
-        assert seen[curve] == pytest.approx(values, rel=1e-5), curve
+        assert seen[curve] == pytest.approx(values[:steps], rel=1e-5), curve
+    if steps < STEPS:
+        return
     set_poly_lr(optimizer, STEPS, STEPS)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected["lr_groups_after"], rel=1e-12)
     state = model.state_dict()

@@ -78,6 +78,12 @@ def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def _learning_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves that do not depend on the machine."""
+    machine = ("machine/", "eval/memory_gb")
+    return {tag: values for tag, values in _curves(path).items() if not tag.startswith(machine)}
+
+
 def _config(data: TinyData, method: str):
     # The doubled batch is in the config, with the reference that makes the recipe's rate the right one.
     changes = ["batch_size=4", "reference_batch=16"] if method == "supervised" else []
@@ -201,23 +207,18 @@ def test_training_learns(data, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        "workers=1",
-        "workers=2 prefetch=1 persistent_workers=false",
-        "cache=disk workers=2",
-        "checkpoint_activations=all",
+        "workers=2 prefetch=1 persistent_workers=false cache=disk",
+        "workers=1 checkpoint_activations=all",
     ],
 )
 def test_a_run_with_the_same_seed_is_the_same_to_the_bit_with_every_option_that_promises_it(data, runs, options):
     """The run to compare with was another process, without workers."""
     cache = f"cache_dir={data.root.parent / 'cache'}"
-    again = _train("unimatch", data, options.split()[0], "--set", cache, *options.split())
+    again = _train("unimatch", data, options.split()[0].replace("=", ""), "--set", cache, *options.split())
     first, second = load_checkpoint(runs["unimatch"]), load_checkpoint(again)
     for key in ("model", "optimizer", "previous_best"):
         assert _equal(first[key], second[key]), key
-    curves = _curves(runs["unimatch"])
-    assert {tag: values for tag, values in _curves(again).items() if tag != "eval/memory_gb"} == {
-        tag: values for tag, values in curves.items() if tag != "eval/memory_gb"
-    }
+    assert _learning_curves(again) == _learning_curves(runs["unimatch"])
 
 
 def test_another_seed_gives_another_run(data, runs):
