@@ -169,7 +169,7 @@ def test_a_release_s_checkpoint_is_read_from_a_file(tmp_path):
 def test_a_checkpoint_of_another_model_says_what_differs():
     small = make_dpt()
     for checkpoint, message in (
-        (make_model().state_dict(), "its backbone is resnet18, the config's is dinov2_small"),
+        (make_model().state_dict(), "its backbone is resnet10, the config's is dinov2_small"),
         (filled(STATE_DICTS_V2["base"]["state_dict"]), "its backbone is dinov2_base, the config's is dinov2_small"),
         (release_checkpoint(), "its classifier has 21 classes, the config has 5"),
         (
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_model_says_what_differs():
     ):
         assert weights_error(load_checkpoint_state, small, checkpoint, "best.pth") == f"best.pth: {message}"
     message = weights_error(load_checkpoint_state, make_model(), release_checkpoint(), "best.pth")
-    assert message == "best.pth: its backbone is dinov2_small, the config's is resnet18"
+    assert message == "best.pth: its backbone is dinov2_small, the config's is resnet10"
 
 
 # ---- conversion from timm

@@ -62,7 +62,7 @@ def test_the_same_config_is_used_without_a_word(data, checkpoint, tmp_path):
     [
         ({"dilations": [6, 12, 18]}, r"dilations is \[6, 12, 18\].*trained with \[3, 6, 9\]"),
         ({"replace_stride_with_dilation": [False, True, True]}, "replace_stride_with_dilation is"),
-        ({"backbone": "resnet50"}, "backbone is resnet50.*trained with resnet18"),
+        ({"backbone": "resnet50"}, "backbone is resnet50.*trained with resnet10"),
         ({"classes": ["a", "c", "b"]}, "class 1 is 'c' here and was 'b' in training; .*another order"),
         ({"classes": ["a", "b", "c", "d"]}, "nclass is 4.*trained with 3"),
     ],
