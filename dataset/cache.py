@@ -57,11 +57,14 @@ class ImageCache:
         self,
         path: str | Path,
         channels: int = 3,
-        read: Callable[[str | Path], np.ndarray] = read_pixels,
+        read: Callable[[str | Path], np.ndarray] | None = None,
         variant: str = "",
     ) -> np.ndarray:
-        """uint8 (H, W, channels), as `read` gives it; raises its DataError. `variant` tells ways of reading apart."""
-        return self._get(path, read, channels, variant)
+        """uint8 (H, W, channels), as `read` (default: `read_pixels`) gives it; raises its DataError.
+
+        `variant` tells ways of reading apart.
+        """
+        return self._get(path, read or read_pixels, channels, variant)
 
     def label(self, path: str | Path, colors: LabelColors | None = None) -> np.ndarray:
         """uint8 (H, W), as `read_indices` gives it; raises its DataError."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dataset.errors import DataError
 from dataset.handover import HandingLoader
@@ -46,6 +46,12 @@ class ReplacingDataset(Dataset):
         if key.partner in (-1, key.unlabeled):  # none, or the image itself
             partner = -1 if key.partner == -1 else unlabeled
         return key._replace(labeled=labeled, unlabeled=unlabeled, partner=partner)
+
+
+def training_set(loader: DataLoader) -> Dataset:
+    """The dataset of a training loader, whether it replaces samples or not."""
+    dataset = loader.dataset
+    return dataset.dataset if isinstance(dataset, ReplacingDataset) else dataset
 
 
 class ReplacingLoader(HandingLoader):

@@ -65,6 +65,10 @@ class Samples(Sequence[Sample]):
 
     __hash__ = None
 
+    def __add__(self, other: Iterable[Sample]) -> Samples:
+        """These samples, then the `other` ones."""
+        return Samples.of([*self, *other])
+
     def __repr__(self) -> str:
         return f"<{len(self)} samples>"
 

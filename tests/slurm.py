@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -123,12 +124,19 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Start a cluster, installing Slurm before where that works; skips the test where it cannot be."""
+    """Start a cluster, installing Slurm before where that works; skips the test where it cannot be.
+
+    There is one at a time: another test process waits for its end.
+    """
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster needs root")
-    if any(shutil.which(name) is None for name in PROGRAMS):
-        _install()
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+    with (
+        open(Path(tempfile.gettempdir(), "unimatch-test-slurm.lock"), "w") as lock,
+        tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any(shutil.which(name) is None for name in PROGRAMS):
+            _install()
         own = Cluster(Path(folder))
         try:
             try:

@@ -80,9 +80,9 @@ def test_a_run_trains_with_and_evaluates_without_cudnns_trials(tmp_path: Path, m
     for module, name in ((supervised, "supervised_step"), (loop, "evaluate")):
         original = getattr(module, name)
 
-        def watched(*args, name=name, original=original):
+        def watched(*args, name=name, original=original, **options):
             seen.append((name, torch.backends.cudnn.benchmark))
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(module, name, watched)
     supervised.main(data.arguments(tmp_path / "run"))

@@ -53,7 +53,7 @@ def program(deeplab):
 def test_the_lines_in_the_docs_predict_with_either_file_without_this_project(
     deeplab, checkpoint, program, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(export, "trace", lambda model: program)
+    monkeypatch.setattr(export, "trace", lambda *_: program)
     (lines,) = blocks((PROJECT_ROOT / "docs/tools.md").read_text(encoding="utf-8"), "python")
     assert sum(map(bool, lines.splitlines())) == 20
     (tmp_path / "run.py").write_text(lines, encoding="utf-8")

@@ -59,7 +59,7 @@ def test_on_a_gpu_the_step_waits_for_the_side_stream_and_keeps_the_batchs_memory
     class Device:
         type = "cuda"
 
-    def moved(batch: Any, device: Any, fixed_shapes: bool) -> Any:
+    def moved(batch: Any, device: Any, fixed_shapes: bool, *_: Any) -> Any:
         events.append(f"moved {batch} with fixed_shapes={fixed_shapes}")
         return torch.zeros(2).as_subclass(Tensor), (torch.zeros(1).as_subclass(Tensor), None)
 

@@ -16,8 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fixmatch
 import supervised
 import unimatch
-from dataset.sampler import EpochSampler
-from dataset.semi import TrainDataset
+from dataset.sampler import EpochSampler, Key
 from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, make_dataset, run_script
 from util import checkpoint, evaluate
 from util.cli import run_main
@@ -225,6 +224,13 @@ def _losses(path: Path) -> dict[str, str]:
     return found
 
 
+def _keys_read(monkeypatch) -> list[Key]:
+    """The keys of the samples that training reads from now on, in this process."""
+    keys, order = [], EpochSampler.__iter__
+    monkeypatch.setattr(EpochSampler, "__iter__", lambda self: (keys.append(key) or key for key in order(self)))
+    return keys
+
+
 def _assert_same_end(expected: Path, path: Path) -> None:
     for name in ("latest.pth", "best.pth"):
         assert_same(load_checkpoint(expected, name), load_checkpoint(path, name))
@@ -258,9 +264,7 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(
     state = load_checkpoint(path, "midway.pth")
     assert (state["iteration"], state["processes"]) == (iteration + 1, 1)
     monkeypatch.undo()
-    keys = []
-    read = TrainDataset.__getitem__
-    monkeypatch.setattr(TrainDataset, "__getitem__", lambda self, key: keys.append(key) or read(self, key))
+    keys = _keys_read(monkeypatch)
     unimatch.main([*data.arguments(path), *arguments])
     assert len(keys) == 2 * (5 - iteration)  # no image is read again to find the place
     _assert_same_end(expected, path)
@@ -273,10 +277,9 @@ def test_within_an_epoch_half_the_batch_accumulated_twice_goes_on_with_the_same_
         _signal_at(patch, 0, signal.SIGTERM)
         with pytest.raises(Interrupted):
             unimatch.main(data.arguments(path))
-    keys = []
-    read = TrainDataset.__getitem__
-    monkeypatch.setattr(TrainDataset, "__getitem__", lambda self, key: keys.append(key) or read(self, key))
-    unimatch.main([*data.arguments(path), "--set", "batch_size=1", "accumulate=2"])
+    with monkeypatch.context() as patch:
+        keys = _keys_read(patch)
+        unimatch.main([*data.arguments(path), "--set", "batch_size=1", "accumulate=2"])
     sampler = EpochSampler(4, 6, 2, seed=0)
     expected = []
     for epoch in (0, 1):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.replacement import training_set
 from util.backends import without_benchmark
 from util.distributed.ddp import unwrap
 from util.evaluate import Result, evaluate
@@ -55,7 +56,7 @@ def fit(
     cfg, log, signals = run.cfg, run.log, StopSignals()
     trainer = Trainer(run, OptimizerStep(run, model, optimizer, train_step, teacher), loader, signals)
     progress, saver = trainer.progress, trainer.saver
-    monitor, started_at = Monitor(run, loader.dataset, val_loader.dataset), progress.epoch
+    monitor, started_at = Monitor(run, training_set(loader), val_loader.dataset), progress.epoch
     with signals:
         while progress.epoch < cfg.epochs:
             trainer.train_epoch()
