@@ -63,6 +63,8 @@ def test_the_lines_in_the_docs_predict_with_either_file_without_this_project(
     with torch.no_grad():
         expected = deeplab(torch.from_numpy(values.transpose(2, 0, 1)[None]).float())[0].argmax(0).numpy()
     assert len(np.unique(expected)) == 3
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
     for suffix in (".pt2", ".onnx"):
         file = tmp_path / f"model{suffix}"
         export.main(["--checkpoint", str(checkpoint), "--out", str(file)])
@@ -85,6 +87,8 @@ def test_a_vision_transformer_is_exported_for_every_grid_of_patches(tmp_path):
     torch.manual_seed(0)
     model = DPT(DINOv2(8, 4, 2, (0, 1, 2, 3)), 3, 8, (8, 8, 8, 8)).eval()
     program = trace(model)
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
     for suffix in (".pt2", ".onnx"):
         save(program, {"size_multiple": 14}, suffix, tmp_path / "model")
         loaded = load(suffix, tmp_path / "model")
