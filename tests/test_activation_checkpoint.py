@@ -33,11 +33,13 @@ def _assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "which"), [("resnet18", "backbone"), ("resnet50_tv", "all"), ("xception", "all")])
 def test_a_step_is_the_same_to_the_bit(one_thread, backbone, which):
     _assert_same(_step(_model(which, backbone)), _step(_model("none", backbone)))
 
 
+@pytest.mark.slow
 def test_a_step_in_float64_and_one_under_autocast_are_the_same_to_the_bit(one_thread):
     expected, ours = _model("none").double(), _model("all").double()
     _assert_same(_step(ours, torch.float64), _step(expected, torch.float64))
@@ -85,6 +87,7 @@ def test_running_statistics_are_kept_again_after_the_backward_pass_and_after_a_f
     assert {int(value) for name, value in model.named_buffers() if "num_batches" in name} == {2}
 
 
+@pytest.mark.slow
 def test_two_processes_with_synchronised_batch_norm_do_the_same(tmp_path):
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "rendezvous"),), nprocs=2)
 

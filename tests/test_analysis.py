@@ -20,6 +20,8 @@ from util.config import load_config
 from util.evaluate import Scores
 from util.evaluation_report import FILES, errors
 
+pytestmark = pytest.mark.slow
+
 
 def _maps(seed: int, shape=(30, 41), nclass: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """A prediction and a label of blocks, with ignored pixels in the label."""

@@ -183,6 +183,7 @@ def test_validation_images_are_never_skipped(data, tmp_path, capsys):
     assert line.startswith(f"error: {path}: unreadable image")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True])
 def test_two_processes_agree(data, tmp_path, skip):
     """One stops at a bad image; told to skip, both stop at once beyond the limit, which counts those of both."""

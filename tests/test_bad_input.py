@@ -243,6 +243,7 @@ def test_each_fault_is_one_line_and_status_2(data, tmp_path, capsys, monkeypatch
     assert_one_error(capsys.readouterr().err, fragments, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "method"),
     [
@@ -481,6 +482,7 @@ def test_worker_processes_that_are_no_copies_have_the_limit_too(data, monkeypatc
         next(iter(loader))
 
 
+@pytest.mark.slow
 def test_images_may_lie_outside_the_root_if_the_config_says_so(data, tmp_path):
     (data.root / "inner").mkdir()
     for path in (data.labeled, data.unlabeled, data.val):

@@ -89,6 +89,7 @@ def test_the_cache_keeps_channels_and_tells_ranges_apart(tmp_path):
     cache.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet10", "resnet50_tv", "xception"])
 def test_the_first_convolution_is_inflated_from_that_of_three_channels(backbone):
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ def one_step(prepare, *arguments) -> float:
     return 1.0
 
 
+@pytest.mark.slow
 def test_every_group_is_measured_and_what_must_be_equal_is(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "write_inputs", tiny_inputs)
     for module in (step, step_v2):

@@ -205,6 +205,7 @@ def test_processes_that_write_at_the_same_time_all_read_whole_pictures(root, tmp
         assert all(pool.starmap(_read_all, [(root, tmp_path / "cache", 15)] * 4))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_only_whole_pictures_and_a_right_count(root, tmp_path):
     code = "import sys; from tests.test_cache import _read_all; from pathlib import Path; print('go', flush=True); "
     code += "_read_all(Path(sys.argv[1]), Path(sys.argv[2]), 10**6)"
@@ -247,6 +248,7 @@ def test_a_cache_in_memory_is_shared_by_name_and_goes_with_its_last_user(root, m
     assert first.folder not in _in_memory()
 
 
+@pytest.mark.slow
 @needs_shared_memory
 def test_what_a_killed_run_left_in_memory_is_removed_and_a_living_one_s_is_not(root):
     code = "import sys, time; from dataset.cache import open_cache; from pathlib import Path\n"

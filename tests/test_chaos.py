@@ -9,6 +9,8 @@ from scripts.chaos.__main__ import Table, main
 from scripts.chaos.compare import difference, distance
 from tests.helpers import run_script
 
+pytestmark = pytest.mark.slow
+
 
 def test_runs_that_were_harmed_end_as_one_that_was_not():
     faults = ["kill-in-save"]

@@ -61,6 +61,7 @@ def resnet50_file(tmp_path):
 # ---- features are those of the weights' own network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnet50_tv", "resnet101_tv"])
 @torch.no_grad()
 def test_a_converted_resnet_gives_the_features_of_timm_s(name, tmp_path):
@@ -125,6 +126,7 @@ def timm_xception(path, **kwargs):
     return theirs.double().eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_converted_xception_gives_timm_s_c1_but_near_the_border(xception):
     pixels, path, backbone = xception

@@ -52,7 +52,7 @@ NCLASS, SIZE, IMAGES = 5, 33, 4
 STEPS = {"unimatch": 2, "fixmatch": 1, "supervised": 1}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def _run(job: Callable[..., Any], count: int, folder: Path, *args: Any) -> list[Any]:

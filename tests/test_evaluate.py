@@ -78,6 +78,7 @@ def reference_model(reference_samples):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES["evaluate"])
 def test_evaluation_gives_the_reference_figures(name, reference_model, reference_samples, device):
     mode, crop_size = name.split("/")

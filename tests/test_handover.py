@@ -46,6 +46,7 @@ class SlowBatches(Dataset):
         return index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method):
     context = multiprocessing.get_context(method)
@@ -65,6 +66,7 @@ def test_a_dead_loading_process_is_noticed_without_the_signal_of_its_end(monkeyp
         signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.slow
 def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeypatch):
     monkeypatch.setattr("dataset.loader.CHECK", 1)
     assert list(LoaderOptions(1).build(SlowBatches(), collate_fn=same)) == [[0], [1]]

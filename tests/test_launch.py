@@ -194,6 +194,7 @@ time.sleep(100)
             os.kill(int(path.read_text()), 0)
 
 
+@pytest.mark.slow
 def test_under_nohup_a_closed_terminal_ends_neither_launcher_nor_processes(tmp_path):
     script = write(
         tmp_path / "script.py",
@@ -400,6 +401,7 @@ def test_train_restarts_as_often_as_told(project):
     assert_usage_error(sh(project, "train.sh", 2, max_restarts="often"), "max_restarts", "'often'")
 
 
+@pytest.mark.slow
 def test_train_runs_each_seed_in_its_own_folder_and_stops_at_the_first_failure(project):
     write(project / "unimatch.py", RECORD + "sys.exit(5 * ('seed=1' in sys.argv))")
     result = sh(project, "train.sh", 1, "--set", "epochs=2", seeds="4 0 1 2", PYTHON=sys.executable)
@@ -777,6 +779,7 @@ def tools_only(tmp_path, *names):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_setup_makes_the_environment_once_and_again_when_a_list_changes(project):
     write(project / "requirements.txt", "# nothing\n")
     write(project / "requirements-dev.txt", "-r requirements.txt\n")

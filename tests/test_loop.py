@@ -219,6 +219,7 @@ def test_weights_broken_by_the_last_update_of_an_epoch_are_not_saved(data, tmp_p
     _assert_good_after_one_epoch(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_diverging_script_ends_with_one_line_and_its_status(data, tmp_path):
     result = run_script("supervised.py", *data.arguments(tmp_path / "run"), "--set", "lr=1e30")
     assert result.returncode == EXIT_STOPPED

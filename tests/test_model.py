@@ -68,6 +68,7 @@ def test_state_dict_has_the_published_names_order_and_shapes(backbone):
     assert sum(p.numel() for p in model.parameters()) == FIGURES["forward"][backbone]["n_params"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("draws_of_the_cpu")
 @pytest.mark.parametrize("backbone", FIGURES["forward"])
 @torch.no_grad()
@@ -325,6 +326,7 @@ def test_backward_reads_no_value_and_reaches_every_parameter(backbone, training)
         assert all(p.grad is not None and p.grad.device.type == device for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "need_fp"), [("resnet18", False), ("resnet18", True), ("xception", True)])
 def test_the_whole_forward_compiles_into_one_graph(backbone, need_fp):
     torch.manual_seed(0)

@@ -227,6 +227,7 @@ def test_a_diverging_run_stops_beyond_the_limit_even_if_it_may_skip(data, tmp_pa
     assert "2 steps were not finite and undone up to iteration 3, more than nonfinite_limit 1" in line
 
 
+@pytest.mark.slow
 def test_two_processes_undo_a_step_that_only_one_has_spoilt(data, tmp_path):
     """Process 1's labelled image is all NaN in its second step; the weights of both stay finite and equal."""
     script = tmp_path / "spoilt.py"

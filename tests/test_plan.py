@@ -36,6 +36,7 @@ def test_live_bytes_are_those_of_tensors_that_still_exist():
         assert live.now == 4000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["unimatch", "fixmatch", "supervised"])
 def test_a_step_of_each_method_has_a_cost(method):
     cost = plan.step_cost(config(method), method, count_flops=True)
@@ -46,6 +47,7 @@ def test_a_step_of_each_method_has_a_cost(method):
     assert cost.peak <= stay.peak <= cost.peak + 4 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["unimatch_v2", "fixmatch"])
 def test_dpt_has_a_teacher_and_two_numbers_of_adamw_a_weight(method):
     cfg = config(method, "dpt")

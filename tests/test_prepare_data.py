@@ -612,6 +612,7 @@ def children(pid):
     return {int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
 def test_a_killed_preparation_goes_on_to_the_same_result(tmp_path):
     made = Pascal(tmp_path / "made", count=200, size=(300, 200))

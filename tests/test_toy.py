@@ -61,6 +61,7 @@ def _shares(labels):
     return counts / counts.sum()
 
 
+@pytest.mark.slow
 def test_two_makes_are_identical_byte_for_byte(root, tmp_path):
     make_toy(tmp_path / "again")
     assert _contents(tmp_path / "again") == _contents(root)

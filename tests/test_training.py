@@ -33,7 +33,7 @@ EPOCHS = 2
 ITERATIONS = {"unimatch": 3, "fixmatch": 3, "supervised": 1}  # an epoch; the supervised run doubles its batch to 4 of 4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
