@@ -126,7 +126,6 @@ def test_any_yaml_as_config(text):
     _file(text.encode(), "recipe.yaml", load_config)
 
 
-@pytest.mark.slow
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
 def test_any_values_in_a_config(changes):
     base = yaml.safe_load(TEXT)
@@ -313,7 +312,6 @@ NAMES = st.sampled_from(
 )
 
 
-@pytest.mark.slow
 @given(st.dictionaries(NAMES | st.integers(), OBJECTS, max_size=4) | OBJECTS, st.sampled_from(["resnet50", "resnet18"]))
 def test_any_object_as_weights(state, name):
     with torch.device("meta"):
