@@ -25,17 +25,22 @@ HEADINGS = frozenset(
     ("image", "images", "img", "file", "filename", "file_name", "path", "image_path", "image_name", "image_id", "id")
     + ("label", "labels", "label_path", "mask", "masks", "mask_path", "annotation", "annotations", "gt", "target")
 )
-Progress = Callable[[Iterator[Any], int], Iterable[Any]]
+Progress = Callable[[Iterator[Any], int], Iterable[Any]]  # wraps an iterator, whose length it gets too
 FIRST_BLOCK, BLOCK = 2**16, 2**22  # bytes of a list that are read at once
 # By byte: whether it needs a closer look. White space but for a space and a line feed, what begins a comment, no ASCII.
 _UNUSUAL = np.array([chr(code) not in " \n" and (chr(code) == "#" or not 33 <= code <= 126) for code in range(256)])
+
+
+def no_progress(items: Iterator[Any], total: int) -> Iterator[Any]:
+    """The Progress that shows none."""
+    return items
 
 
 def read_list(
     path: str | Path,
     labels: bool = True,
     inside: str | Path | None = None,
-    progress: Progress = lambda blocks, total: blocks,
+    progress: Progress = no_progress,
 ) -> Samples:
     """Read a list file: `image label` or just `image` a line, blank lines and `#` comments allowed.
 
@@ -168,7 +173,7 @@ def find_unlabeled(
     data_root: str | Path,
     labeled: Sequence[Sample],
     allow_outside: bool = False,
-    progress: Progress = lambda blocks, total: blocks,
+    progress: Progress = no_progress,
     suffixes: Set[str] = IMAGE_SUFFIXES,
 ) -> Samples:
     """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
@@ -235,6 +240,18 @@ def images_in(
     if not found:
         raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(suffixes))})")
     return sorted(found)
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk that follows links to folders and enters no folder twice, so that a link may lead back."""
+    seen = set()
+    for directory, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(directory)
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            folders.clear()
+        else:
+            seen.add(place)
+            yield directory, folders, names
 
 
 def is_image(name: str, suffixes: Set[str] = IMAGE_SUFFIXES) -> bool:

@@ -15,9 +15,8 @@ def inflate_input(backbone: nn.Module, channels: int, rgb: Sequence[int]) -> Non
     3 / channels, so that the features of an image whose channels are alike keep their size.
     """
     name, old = next((name, part) for name, part in backbone.named_modules() if isinstance(part, nn.Conv2d))
-    new = nn.Conv2d(
-        channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, bias=old.bias is not None
-    ).to(old.weight.device, old.weight.dtype)
+    shape = (channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
+    new = nn.Conv2d(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
     with torch.no_grad():
         new.weight.copy_(inflated(old.weight, channels, rgb))
         if old.bias is not None:

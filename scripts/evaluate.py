@@ -13,11 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.check import check_samples
 from dataset.files import limit_image_pixels
 from dataset.lists import read_list
 from dataset.semi import ValDataset
-from dataset.source import DataSource
 from util.analysis import Analysis, Numbered
 from util.cli import run_main
 from util.config import EVAL_MODES, resolve_path
@@ -26,6 +24,7 @@ from util.distributed.launch import choose_device, find_processes
 from util.errors import ConfigError
 from util.evaluate import evaluate
 from util.evaluation_report import FILES, Report, View
+from util.lists import check_listed, data_source
 from util.metrics import iou_table
 from util.outputs import check_targets
 from util.plots import require_matplotlib
@@ -59,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_root = resolve_path(cfg.data_root)
     samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
     if processes.is_main and cfg.check_data:
-        options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "bands": cfg.bands}
-        check_samples(samples, data_root, cfg.nclass, **options)
+        check_listed(cfg, samples)
     if processes.is_main:
         print("".join(f"{note}\n" for note in trained.notes), end="")
     if args.out:
@@ -69,10 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = trained.build()
     view = View(args.mode or cfg.eval_mode, cfg.crop_size, tuple(args.scales), args.flip)
     with process_group(processes, device):
-        source = DataSource(data_root, cfg.label_map, label_colors=cfg.color_values, bands=cfg.bands)
-        dataset = Numbered(
-            ValDataset(samples[processes.rank :: processes.count], source), processes.rank, processes.count
-        )
+        source = data_source(cfg)
+        share = ValDataset(samples[processes.rank :: processes.count], source)
+        dataset = Numbered(share, processes.rank, processes.count)
         loader = loader_options(cfg, device).build(dataset, batch_size=1)
         analysis = Analysis(cfg.nclass, len(samples), cfg.conf_thresh, device) if args.out else None
         model = trained.ready(model, device)

@@ -113,7 +113,7 @@ def step_cost(cfg: Config, method: str, gradients_stay: bool = False, count_flop
         synced = _count_synced(model)
         step = _step_of(method, model, teacher, criterion, cfg)
         with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
-            step(batch, torch.Tensor.backward)
+            step(batch=batch, backward=torch.Tensor.backward)
             if teacher:
                 teacher.update(model)
         del state
@@ -125,22 +125,19 @@ def _step_of(method: str, model: nn.Module, teacher: Teacher | None, criterion: 
     """The step function of the method's script; the method is what is measured, hence by name."""
     step = getattr(importlib.import_module(method), f"{method}_step")
     known = {"model": model, "teacher": teacher, "criterion": criterion, "conf_thresh": cfg.conf_thresh}
-    return functools.partial(_call, step, {k: v for k, v in known.items() if k in inspect.signature(step).parameters})
-
-
-def _call(step: Callable, known: dict[str, Any], batch: Any, backward: Callable) -> Any:
-    return step(**known, batch=batch, backward=backward)
+    taken = inspect.signature(step).parameters
+    return functools.partial(step, **{name: value for name, value in known.items() if name in taken})
 
 
 def _states(cfg: Config) -> int:
     """Numbers that the optimiser keeps for each weight."""
-    return 2 if (cfg.optimizer or ("adamw" if cfg.model == "dpt" else "sgd")) == "adamw" else 1
+    return 2 if cfg.optimizer_kind == "adamw" else 1
 
 
 def _batch(cfg: Config, method: str, teacher: bool) -> Any:
     """A batch as the loader gives it, every unlabelled sample with a CutMix box."""
     b, size = cfg.batch_size, cfg.crop_size
-    images = [torch.empty(b, 3, size, size) for _ in range(5)]
+    images = [torch.empty(b, cfg.channels, size, size) for _ in range(5)]
     masks = [torch.zeros(b, size, size, dtype=torch.uint8) for _ in range(4)]
     labeled = images[0], torch.zeros(b, size, size, dtype=torch.int64)
     if method == "supervised":

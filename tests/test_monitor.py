@@ -14,8 +14,8 @@ from dataset.semi import Key, TrainDataset, ValDataset
 from dataset.source import DataSource
 from dataset.transform import normalize
 from util.config import load_config
-from util.lists import Lists
-from util.train.monitor import Monitor, PseudoLabelCounts, _spread
+from util.lists import Lists, spread
+from util.train.monitor import Monitor, PseudoLabelCounts
 
 
 class Log:
@@ -170,4 +170,4 @@ def test_the_label_of_a_weak_view_is_cropped_as_the_view_is(data):
 
 
 def test_the_chosen_images_are_spread_over_the_list():
-    assert _spread(range(10), 4) == [0, 2, 5, 7] and _spread(range(3), 8) == [0, 1, 2]
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 8) == [0, 1, 2]

@@ -47,6 +47,12 @@ def test_a_step_of_each_method_has_a_cost(method):
     assert cost.peak <= stay.peak <= cost.peak + 4 * weights
 
 
+def test_a_step_on_images_of_five_channels_has_the_cost_of_their_batch():
+    three, five = (plan.step_cost(config("supervised", channels=n), "supervised") for n in (3, 5))
+    batch = 4 * 33 * 33 * 4  # bytes of a channel of four images
+    assert five.peak >= three.peak + 2 * batch and five.kept > three.kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["unimatch_v2", "fixmatch"])
 def test_dpt_has_a_teacher_and_two_numbers_of_adamw_a_weight(method):

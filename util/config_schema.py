@@ -222,6 +222,11 @@ class Config:
         return self.batch_size * self.accumulate
 
     @property
+    def optimizer_kind(self) -> Literal["sgd", "adamw"]:
+        """The `optimizer`, or the one that goes with the model."""
+        return self.optimizer or ("adamw" if self.model == "dpt" else "sgd")
+
+    @property
     def color_values(self) -> dict[tuple[int, int, int], int] | None:
         """The label value of each colour of `label_colors`; None where labels hold indices."""
         if self.label_colors == "palette":

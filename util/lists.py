@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.lists import Progress, find_unlabeled, is_hidden, list_digest, read_list, shared_images
+from dataset.cache import ImageCache
+from dataset.check import check_samples
+from dataset.lists import Progress, find_unlabeled, is_hidden, list_digest, no_progress, read_list, shared_images
 from dataset.samples import Sample, Samples
+from dataset.source import DataSource
 from util.config import Config, resolve_path
 from util.errors import ConfigError
 
@@ -25,7 +28,7 @@ def find_lists(
     cfg: Config,
     labeled_path: str,
     unlabeled_path: str | None,
-    progress: Progress = lambda blocks, total: blocks,
+    progress: Progress = no_progress,
 ) -> Lists:
     """Read the lists that the command line and the config name. Raises ConfigError or DataError.
 
@@ -48,7 +51,7 @@ def list_unlabeled(
     cfg: Config,
     given: str | None,
     labeled: Sequence[Sample],
-    progress: Progress = lambda blocks, total: blocks,
+    progress: Progress = no_progress,
 ) -> Samples | None:
     """The unlabelled images, from `given` on the command line or else the config; None if neither names any.
 
@@ -61,6 +64,23 @@ def list_unlabeled(
     source = listed if listed.is_file() else source
     where = (resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
     return find_unlabeled(source, *where, progress, cfg.image_suffixes)
+
+
+def data_source(cfg: Config, cache: ImageCache | None = None) -> DataSource:
+    """Where the config's images and labels come from, and how they are read."""
+    return DataSource(resolve_path(cfg.data_root), cfg.label_map, cache, cfg.color_values, cfg.bands)
+
+
+def check_listed(cfg: Config, samples: Sequence[Sample], progress: Progress = no_progress) -> None:
+    """Check every file of a list, read as the config says. Raises DataError."""
+    reading = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "bands": cfg.bands}
+    check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, progress=progress, **reading)
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` of the samples, evenly spaced."""
+    count = min(count, len(samples))
+    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def identify(method: str, lists: Lists) -> dict[str, str]:

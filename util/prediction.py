@@ -16,7 +16,7 @@ from torch import nn
 
 from dataset.bands import Bands, bands_size
 from dataset.files import IGNORE_INDEX
-from dataset.transform import IMAGENET, Normalization, normalize
+from dataset.transform import IMAGENET, Normalization, normalize, to_tensor
 from dataset.windows import Rows, image_size, open_rows
 from util.evaluate import class_scores
 from util.outputs import read_mark, replacing, writing
@@ -125,7 +125,7 @@ class Predictor:
     @torch.inference_mode()
     def _forward(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         options, by = self.options, self.options.normalization
-        image = normalize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].to(self.device), by)
+        image = normalize(to_tensor(pixels)[None].to(self.device), by)
         scores = class_scores(self.model, image, options.mode, options.crop_size, options.scales, options.flip)
         index = scores.classes()
         found = {}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -18,12 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.cache import ImageCache, open_cache
-from dataset.check import check_samples
 from dataset.files import limit_image_pixels
 from dataset.handover import check_handover
+from dataset.lists import no_progress
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
-from dataset.source import DataSource
 from model import build_model, check_pretrained
 from util.backends import describe_backends, set_backends
 from util.checkpoint import set_aside, tidy, writing
@@ -47,7 +45,7 @@ from util.distributed.launch import (
 )
 from util.errors import ConfigError
 from util.init_from import check_start, load_start
-from util.lists import Lists, describe_doubts, find_lists, identify
+from util.lists import Lists, check_listed, data_source, describe_doubts, find_lists, identify
 from util.lock import locked, release
 from util.log import RunLog
 from util.loggers import check_loggers
@@ -99,7 +97,7 @@ class Run:
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser that the config names, for the model as `build_model` gave it or inside DDP."""
         cfg = self.cfg
-        kind = cfg.optimizer or ("adamw" if cfg.model == "dpt" else "sgd")
+        kind = cfg.optimizer_kind
         return build_optimizer(model, self.lr, cfg.lr_multi, kind, cfg.weight_decay, cfg.betas)
 
     def build_teacher(self, model: nn.Module) -> Teacher | None:
@@ -112,7 +110,7 @@ class Run:
         dataset = TrainDataset(
             self.lists.labeled,
             self.lists.unlabeled,
-            self._source(),
+            data_source(self.cfg, self.cache),
             cfg.crop_size,
             cfg.seed,
             strong_views,
@@ -125,15 +123,11 @@ class Run:
         """This process's share of the validation images."""
         return val_loader(
             self.lists.val,
-            self._source(),
+            data_source(self.cfg, self.cache),
             loader_options(self.cfg, self.device),
             self.processes.rank,
             self.processes.count,
         )
-
-    def _source(self) -> DataSource:
-        cfg = self.cfg
-        return DataSource(resolve_path(cfg.data_root), cfg.label_map, self.cache, cfg.color_values, cfg.bands)
 
 
 def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
@@ -176,7 +170,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         check_precision(cfg, device, processes.count)
         set_backends(cfg)
         check_handover(loader_options(cfg, device).workers)
-        reading = partial(show_progress, "reading lists", "blocks") if processes.is_main else _silently
+        reading = partial(show_progress, "reading lists", "blocks") if processes.is_main else no_progress
         lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading)
         unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
         check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
@@ -209,11 +203,11 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             release(save_path)
 
         stack.enter_context(process_group(processes, device, cfg.dist_timeout, ended_by_others))
-        own_config = identity(save_path / CONFIG_FILE)  # which may be the one that was given: then it stays as it is
-        if processes.is_main and (own_config is None or own_config != identity(resolve_path(args.config))):
-            with writing(save_path / CONFIG_FILE) as temporary:
-                temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
         if processes.is_main:
+            own_config = identity(save_path / CONFIG_FILE)  # may be the one that was given: then it stays as it is
+            if own_config is None or own_config != identity(resolve_path(args.config)):
+                with writing(save_path / CONFIG_FILE) as temporary:
+                    temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
             paths = {"labeled_id_path": args.labeled_id_path, "unlabeled_id_path": args.unlabeled_id_path}
             write_info(save_path, {"method": method, **paths, "processes": processes.count, "device": device.type})
         run = Run(method, cfg, lr, lists, save_path, found.path, processes, device, log, cache)
@@ -258,18 +252,11 @@ def _check_start(cfg: Config, found: Found) -> list[str]:
     return []
 
 
-def _silently(items: Iterator[Any], total: int) -> Iterator[Any]:
-    return items
-
-
 def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
     """Check every listed file. Raises DataError; returns warnings for the log."""
-    data_root, checking = resolve_path(cfg.data_root), partial(show_progress, "checking data", "samples")
     for samples in (lists.labeled, lists.unlabeled or [], lists.val):
-        options = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "progress": checking}
-        options |= {"bands": cfg.bands}
-        check_samples(samples, data_root, cfg.nclass, **options)
-    return describe_doubts(lists, data_root)
+        check_listed(cfg, samples, partial(show_progress, "checking data", "samples"))
+    return describe_doubts(lists, resolve_path(cfg.data_root))
 
 
 def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:

@@ -20,7 +20,8 @@ from dataset.transform import normalize, to_tensor
 from scripts.report.runs import RunRecord
 from util.config import resolve_path
 from util.errors import USER_ERRORS, error_line
-from util.evaluate import center_crop, class_scores
+from util.evaluate import center_crop, predict
+from util.lists import data_source, spread
 from util.palette import colorblind_palette
 from util.trained import open_trained
 from util.visualize import colorize
@@ -54,10 +55,7 @@ def make_gallery(runs: Sequence[RunRecord], count: int, colorblind: bool) -> Gal
     gallery, seen = Gallery([], {}, []), set()
     try:
         limit_image_pixels(cfg.max_image_pixels)
-        source = DataSource(resolve_path(cfg.data_root), cfg.label_map)
-        samples = read_list(resolve_path(cfg.val_id_path))
-        count = min(count, len(samples))
-        samples = [samples[index * len(samples) // count] for index in range(count)]
+        source, samples = data_source(cfg), spread(read_list(resolve_path(cfg.val_id_path)), count)
         pairs = [_load(source, sample, cfg.eval_mode, cfg.crop_size) for sample in samples]
     except USER_ERRORS as error:
         gallery.missing = {run.path: error_line(error) for run in runs}
@@ -65,7 +63,7 @@ def make_gallery(runs: Sequence[RunRecord], count: int, colorblind: bool) -> Gal
     for sample, (image, label) in zip(samples, pairs, strict=True):
         seen |= set(np.unique(label.numpy()))
         truth = _uri(colorize(label.numpy(), palette), "PNG")
-        gallery.rows.append(Row(sample.image, _uri(_picture(image), "JPEG"), truth))
+        gallery.rows.append(Row(sample.image, _uri(_picture(image[list(cfg.rgb_channels)]), "JPEG"), truth))
     for run in runs:
         try:
             predictions = _predict(run, [image for image, _ in pairs])
@@ -85,16 +83,16 @@ def _load(source: DataSource, sample: Sample, mode: str, crop_size: int) -> tupl
 
 
 def _predict(run: RunRecord, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """Classes uint8 (H, W) of 8-bit images (3, H, W). Raises one of USER_ERRORS."""
+    """Classes uint8 (H, W) of 8-bit images (C, H, W). Raises one of USER_ERRORS."""
     if run.checkpoint is None:
         raise USER_ERRORS[0]("no checkpoint")
     args = argparse.Namespace(checkpoint=str(run.checkpoint), config=None, overrides=[], weights=None)
     trained, device = open_trained(args), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.ready(trained.build(), device)
-    mode, size = trained.cfg.eval_mode, trained.cfg.crop_size
+    cfg = trained.cfg
     with torch.inference_mode():
-        scores = (class_scores(model, normalize(image[None].to(device)), mode, size) for image in images)
-        return [score.classes()[0].byte().cpu().numpy() for score in scores]
+        seen = (normalize(image[None].to(device), cfg.normalization) for image in images)
+        return [predict(model, image, cfg.eval_mode, cfg.crop_size)[0].byte().cpu().numpy() for image in seen]
 
 
 def _picture(image: torch.Tensor) -> Image.Image:

@@ -20,7 +20,8 @@ from dataset.packing import collate, to_device
 from dataset.semi import Key, TrainDataset, UnlabeledViews, ValDataset
 from dataset.transform import IMAGENET, Normalization, normalize
 from util.config import Config
-from util.evaluate import center_crop, class_scores
+from util.evaluate import center_crop, predict
+from util.lists import spread
 from util.precision import evaluation_copy
 from util.run import Run
 from util.semi import cutmix_reversed, pseudo_label
@@ -56,7 +57,7 @@ class Monitor:
 
     def __init__(self, run: Run, train: TrainDataset, validation: ValDataset) -> None:
         self._run, self._train = run, train
-        self._validation = ValDataset(_spread(run.lists.val, VALIDATION_ROWS), validation.source)
+        self._validation = ValDataset(spread(run.lists.val, VALIDATION_ROWS), validation.source)
         self._views: list[Views] | None = None
 
     def report(self, labeler: nn.Module, network: nn.Module, step: int) -> None:
@@ -77,7 +78,7 @@ class Monitor:
         if self._views is None:
             run, sampled = self._run, []
             for samples in (run.lists.labeled, run.lists.unlabeled or []):
-                chosen = _spread(samples, STATISTICS_IMAGES)
+                chosen = spread(samples, STATISTICS_IMAGES)
                 sampled += self._collate(chosen, labeled=samples is run.lists.labeled)
             self._views = sampled
         return self._views
@@ -155,7 +156,7 @@ class Monitor:
             if cfg.eval_mode == "center_crop":
                 image, label = center_crop(image, cfg.crop_size), center_crop(label, cfg.crop_size)
             seen = normalize(image[None].to(self._run.device), cfg.normalization)
-            classes = class_scores(network, seen, cfg.eval_mode, cfg.crop_size).classes()[0].byte().cpu().numpy()
+            classes = predict(network, seen, cfg.eval_mode, cfg.crop_size)[0].byte().cpu().numpy()
             pixels, truth = image[list(cfg.rgb_channels)].permute(1, 2, 0).numpy(), label.numpy()
             wrong = Image.fromarray(errors(pixels, truth, classes))
             pictures = [Image.fromarray(pixels), colorize(truth, cfg.palette), colorize(classes, cfg.palette), wrong]
@@ -204,12 +205,6 @@ class PseudoLabelCounts:
                 values[f"pseudo/{name}"] = sum(part) / sum(whole)
             values |= {f"{name}/{label}": p / w for label, p, w in zip(classes, part, whole, strict=True) if w}
         return values
-
-
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most `count` of the samples, evenly spaced."""
-    count = min(count, len(samples))
-    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def _photo(image: torch.Tensor, cfg: Config) -> Image.Image:
