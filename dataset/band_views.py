@@ -11,8 +11,8 @@ SHARED = ("brightness", "contrast")  # what means the same on a single channel
 
 
 def strong_bands(
-    weak: np.ndarray,
     rgb: tuple[int, int, int],
+    weak: np.ndarray,
     photometry: Photometry,
     box: Box | None = None,
     partner: np.ndarray | None = None,
@@ -31,7 +31,7 @@ def strong_bands(
         strong[..., channel] = apply_photometry(Image.fromarray(weak[..., channel]), alone)
     if box is not None:
         inside = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
-        strong[inside] = strong_bands(partner, rgb, photometry_mix)[inside]
+        strong[inside] = strong_bands(rgb, partner, photometry_mix)[inside]
     return strong
 
 

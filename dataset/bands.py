@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.errors import DataError
-from dataset.files import errors_named, image_pixel_limit
+from dataset.files import errors_named, image_pixel_limit, too_many_pixels
 
 IMAGENET_RGB = (0, 1, 2)
 ROWS = 64  # rows that are scaled at once
@@ -40,11 +40,7 @@ def read_bands(path: str | Path, bands: Bands) -> np.ndarray:
     pixels = open_bands(path, bands)
     height, width = pixels.shape[:2]
     if height * width > image_pixel_limit():
-        raise DataError(
-            f"{path}: the image has {height * width} pixels, max_image_pixels is {image_pixel_limit()}: raise it if "
-            "the image is meant to be so large",
-            "images of more than max_image_pixels",
-        )
+        raise too_many_pixels(path, "image", height * width)
     result = np.empty((height, width, bands.channels), np.uint8)
     for top in range(0, height, ROWS):
         result[top : top + ROWS] = scale(pixels[top : top + ROWS], bands)

@@ -26,8 +26,8 @@ import torch
 from dataset.atomic import replacing
 from dataset.errors import DataError
 from dataset.files import LabelColors, read_indices, read_pixels
+from dataset.handover import SHARED_MEMORY
 
-SHARED_MEMORY = Path("/dev/shm")
 MAX_MAPS = 4096  # pictures that a process keeps mapped; labelled ones, which come often, mostly stay among them
 SPARE = 2**30  # bytes left free: batches from the workers need shared memory too
 _PREFIX = "unimatch-cache-"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image
 from dataset.bands import Bands, bands_size
 from dataset.errors import DataError
 from dataset.files import IGNORE_INDEX, LabelColors, check_depth, errors_named, read_image, read_label, size_fault
-from dataset.lists import Sample
+from dataset.lists import Progress, Sample, no_progress
 
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -28,7 +28,7 @@ def check_samples(
     nclass: int,
     threads: int = 8,
     label_map: Mapping[int, int] | None = None,
-    progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda checked, total: checked,
+    progress: Progress = no_progress,
     label_colors: LabelColors | None = None,
     bands: Bands | None = None,
 ) -> None:

@@ -251,15 +251,20 @@ def errors_named(path: str | Path, kind: str) -> Iterator[None]:
         ) from None
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
-        raise DataError(
-            f"{path}: the {kind} has {pixels[0] if pixels else 'too many'} pixels, max_image_pixels is "
-            f"{image_pixel_limit()}: raise it if the {kind} is meant to be so large",
-            f"{kind}s of more than max_image_pixels",
-        ) from None
+        raise too_many_pixels(path, kind, pixels[0] if pixels else "too many") from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them meet
         detail = "no known image format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         message = f"{path}: unreadable {kind}, truncated or damaged: {detail}"
         raise DataError(message, f"unreadable {kind}s") from None
+
+
+def too_many_pixels(path: str | Path, kind: str, pixels: int | str) -> DataError:
+    """The fault of a `kind`, image or label, beyond the limit of sizes."""
+    return DataError(
+        f"{path}: the {kind} has {pixels} pixels, max_image_pixels is {image_pixel_limit()}: raise it if the {kind} is "
+        "meant to be so large",
+        f"{kind}s of more than max_image_pixels",
+    )
 
 
 def check_depth(path: str | Path, image: Image.Image) -> None:

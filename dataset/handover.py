@@ -6,13 +6,14 @@ import multiprocessing
 import multiprocessing.queues
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from dataset.errors import DataError
 
-SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = Path("/dev/shm")
 SECONDS = 1800  # without a batch, after which the loading processes have failed
 CHECK = 30  # seconds between two looks at whether they live; torch looks after each time-out only
 WAY_OUT = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.errors import DataError
-from dataset.lists import IMAGE_SUFFIXES, is_hidden, is_inside, read_list
+from dataset.lists import IMAGE_SUFFIXES, is_hidden, is_inside, read_list, walk
 
 
 class Picture(NamedTuple):
@@ -79,13 +79,8 @@ def _take(
 
 def _files_in(folder: Path) -> list[Path]:
     """All files in depth, sorted, without hidden ones; a link back into a folder that was seen is not followed."""
-    files, seen = [], set()
-    for directory, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
+    files = []
+    for directory, folders, names in walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         files += [Path(directory, name) for name in names if not is_hidden(name)]
     return sorted(files)

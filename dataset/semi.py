@@ -7,6 +7,7 @@ the same data whatever the number of workers, and N processes together see what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,19 +117,15 @@ class TrainDataset(Dataset):
         self, weak: np.ndarray, own: ViewDraws, weak_mix: np.ndarray | None, mix: ViewDraws | None
     ) -> tuple[torch.Tensor, ...]:
         if bands := self.source.bands:
-            draws = [(draw, None, None, None) for draw in own.photometry]
-            if mix is not None:
-                draws = [
-                    (draw, box, weak_mix, draw_mix)
-                    for draw, box, draw_mix in zip(own.photometry, own.boxes, mix.photometry, strict=True)
-                ]
-            return tuple(torch.from_numpy(strong_bands(weak, bands.rgb, *draw)) for draw in draws)
-        image = Image.fromarray(weak)
-        if mix is None:
-            views = [strong_view(image, draw) for draw in own.photometry]
+            view_of, image, partner = partial(strong_bands, bands.rgb), weak, weak_mix
         else:
-            partner, draws = Image.fromarray(weak_mix), zip(own.photometry, own.boxes, mix.photometry, strict=True)
-            views = [strong_view(image, draw, box, partner, draw_mix) for draw, box, draw_mix in draws]
+            view_of, image = strong_view, Image.fromarray(weak)
+            partner = None if mix is None else Image.fromarray(weak_mix)
+        if mix is None:
+            views = [view_of(image, draw) for draw in own.photometry]
+        else:
+            draws = zip(own.photometry, own.boxes, mix.photometry, strict=True)
+            views = [view_of(image, draw, box, partner, draw_mix) for draw, box, draw_mix in draws]
         return tuple(torch.from_numpy(np.array(view)) for view in views)
 
     def _decode(self, key: Key) -> tuple[tuple[Pixels, ViewDraws], tuple[Pixels, ViewDraws] | tuple[None, None]]:

@@ -22,14 +22,14 @@ def pixels() -> np.ndarray:
 def test_the_rgb_channels_are_jittered_as_those_of_an_rgb_image(pixels, box):
     draws, others = Photometry(JITTER, True, 1.2), Photometry(JITTER[::-1], False, None)
     partner = pixels[::-1].copy()
-    found = strong_bands(pixels, (4, 2, 0), draws, box, partner, others)
+    found = strong_bands((4, 2, 0), pixels, draws, box, partner, others)
     images = [Image.fromarray(np.ascontiguousarray(image[..., [4, 2, 0]])) for image in (pixels, partner)]
     expected = np.asarray(strong_view(images[0], draws, box, images[1], others))
     np.testing.assert_array_equal(found[..., [4, 2, 0]], expected)
 
 
 def test_other_channels_get_brightness_contrast_and_blur_alone(pixels):
-    found = strong_bands(pixels, (4, 2, 0), Photometry(JITTER, True, 1.2))
+    found = strong_bands((4, 2, 0), pixels, Photometry(JITTER, True, 1.2))
     for channel in (1, 3):
         alone = Photometry((("brightness", 1.3), ("contrast", 0.7)), False, 1.2)
         expected = np.asarray(apply_photometry(Image.fromarray(pixels[..., channel]), alone))

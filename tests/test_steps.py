@@ -25,6 +25,7 @@ from scripts.benchmark.naive_data import NaiveDataset, collate_naive
 from supervised import supervised_step
 from tests.helpers import TinyData, make_dataset, make_model, reference_batch
 from tests.reference.weights import check_summary, reference_state
+from tests.steps import run_step
 from unimatch import unimatch_step
 from util.config import Criterion
 from util.losses import build_criterion
@@ -42,9 +43,8 @@ def _batch(i: int, **sizes):
 
 
 def _run(method: str, model, batch, criterion, conf_thresh: float, backward=torch.Tensor.backward):
-    if method == "supervised":
-        return supervised_step(model, batch[0], criterion, backward)
-    return STEP[method](model, batch, criterion, conf_thresh, backward)
+    batch = batch[0] if method == "supervised" else batch
+    return run_step(method, model, batch, criterion, backward, conf_thresh=conf_thresh)
 
 
 @pytest.mark.usefixtures("draws_of_the_cpu")

@@ -14,13 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from dataset.views import UnlabeledViews
-from fixmatch import fixmatch_step
 from model import build_model, complementary_dropout
 from scripts.benchmark import naive, naive_v2
-from supervised import supervised_step
 from tests.helpers import make_model
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state_v2
+from tests.steps import run_step
 from unimatch_v2 import unimatch_v2_step
 from util.config import Criterion
 from util.losses import build_criterion
@@ -43,11 +42,9 @@ def _batch(i: int, batch: int = 3, size: int = 56, dtype: torch.dtype = torch.fl
 
 
 def _run(method: str, model, teacher, batch, criterion, conf_thresh, backward=torch.Tensor.backward):
-    if method == "supervised":
-        return supervised_step(model, batch[0], criterion, backward)
-    if method == "fixmatch":
-        return fixmatch_step(model, batch, criterion, conf_thresh, backward, teacher)
-    return unimatch_v2_step(model, teacher, batch, criterion, conf_thresh, backward)
+    batch = batch[0] if method == "supervised" else batch
+    method = "fixmatch with a teacher" if method == "fixmatch" else method
+    return run_step(method, model, batch, criterion, backward, teacher, conf_thresh)
 
 
 @pytest.mark.slow

@@ -122,8 +122,8 @@ def load(suffix: str, file: Path) -> Callable[[Tensor], Tensor]:
         return torch.export.load(io.BytesIO(file.read_bytes())).module()
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+    network = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(network.run(None, {"image": image.numpy()})[0])
 
 
 def check(

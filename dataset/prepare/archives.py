@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from dataset.atomic import replacing
 from dataset.errors import DataError
+from dataset.lists import walk
 
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz")
 _UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError)
@@ -72,13 +73,7 @@ def members(source: Path) -> Iterator[Member]:
 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
-    seen = set()
-    for directory, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:  # a link leads back
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
+    for directory, folders, names in walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(directory, name)

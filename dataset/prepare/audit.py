@@ -39,7 +39,7 @@ from dataset.files import (
     orientation,
     read_label,
 )
-from dataset.lists import Sample, is_hidden, location, shared_images
+from dataset.lists import Progress, Sample, is_hidden, location, no_progress, shared_images
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 
@@ -113,7 +113,7 @@ def inspect_lists(
     crop_size: int,
     label_map: Mapping[int, int] | None = None,
     workers: int = 1,
-    progress: Callable[[Iterator[Look], int], Iterator[Look]] = lambda looks, total: looks,
+    progress: Progress = no_progress,
     label_colors: LabelColors | None = None,
     bands: Bands | None = None,
 ) -> Inspection:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dataset.lists import Sample
+from dataset.transform import box_mask, draw_cutmix_box
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ class Inputs:
 def write_inputs(root: Path, rounds: int) -> Inputs:
     """The inputs of the published sizes; images are written below `root`."""
     return Inputs(root, [kind.write(root) for kind in (PASCAL, CITYSCAPES)], rounds)
+
+
+def noise_batch(seed: int, images: int, size: int, nclass: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Two samples: images of noise, two CutMix boxes as often and as large as in training, label, ignore mask."""
+    rng = np.random.default_rng(seed)
+    found = [noise_images(10 * seed + i, 2, size).to(dtype) for i in range(images)]
+    boxes = [box_mask(torch.tensor([draw_cutmix_box(size, rng) or (0, 0, 0, 0) for _ in range(2)]), size) for _ in "12"]
+    label = torch.from_numpy(rng.integers(0, nclass, (2, size, size)))
+    ignore_mask = torch.zeros(2, size, size, dtype=torch.uint8)
+    ignore_mask[:, size * 3 // 4 :] = 255
+    return found, boxes, label, ignore_mask
 
 
 def noise_images(seed: int, count: int, size: int) -> torch.Tensor:

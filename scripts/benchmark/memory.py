@@ -43,12 +43,12 @@ def print_peak(module: str, name: str, arguments: tuple[Any, ...], threads: int)
         parameter.grad = None
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step()
-    print(_resident("VmHWM") - before)
+    print(resident("VmHWM") - before)
 
 
-def _resident(field: str) -> float:
-    """This process's resident memory, now (VmRSS) or at its peak (VmHWM), in GB."""
-    kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+def resident(field: str, process: int | str = "self", file: str = "status") -> float:
+    """A process's memory in GB, by a field of a file of /proc: resident now (VmRSS) or at its peak (VmHWM)."""
+    kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{process}/{file}").read_text(), re.MULTILINE)
     return int(kilobytes[1]) * 1024 / 1e9

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.sampler import EpochSampler
+from scripts.benchmark.memory import resident
 from util.config import PROJECT_ROOT
 
 LABELED, WORKERS, BATCH, READ = 4, 2, 2, 64  # READ: samples that may be loaded until the first step is done
@@ -105,7 +105,7 @@ def measure_start(entries: int, project: Path = PROJECT_ROOT) -> Start:
                 seconds = time.monotonic() - started
                 fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
                 computed = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # in user and in system mode
-                peak = _memory(process.pid, "status", "VmHWM")
+                peak = resident("VmHWM", process.pid)
                 worker = max(_private(child) for child in _children(process.pid))
             finally:
                 process.send_signal(signal.SIGKILL)
@@ -117,12 +117,7 @@ def _children(process: int) -> Iterator[int]:
 
 
 def _private(process: int) -> float:
-    return sum(_memory(process, "smaps_rollup", name) for name in ("Private_Clean", "Private_Dirty"))
-
-
-def _memory(process: int, file: str, name: str) -> float:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{process}/{file}").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 / 1e9
+    return sum(resident(name, process, "smaps_rollup") for name in ("Private_Clean", "Private_Dirty"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

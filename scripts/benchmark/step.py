@@ -7,14 +7,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from dataset.transform import box_mask, draw_cutmix_box
 from dataset.views import Partner, UnlabeledViews
 from scripts.benchmark import naive
-from scripts.benchmark.inputs import Inputs, noise_images
+from scripts.benchmark.inputs import Inputs, noise_batch
 from scripts.benchmark.memory import peak_memory
 from scripts.benchmark.model import make_model, make_naive_model
 from scripts.benchmark.rows import Row, alternate, relative_difference
@@ -54,12 +52,7 @@ def measure_step(inputs: Inputs) -> Iterator[Row]:
 
 def _naive_batch(seed: int, size: int, dtype: torch.dtype = torch.float32) -> Any:
     """Two labelled and two unlabelled images with CutMix boxes as often and as large as in training."""
-    rng = np.random.default_rng(seed)
-    images = [noise_images(10 * seed + i, 2, size).to(dtype) for i in range(7)]
-    boxes = [box_mask(torch.tensor([draw_cutmix_box(size, rng) or (0, 0, 0, 0) for _ in range(2)]), size) for _ in "12"]
-    label = torch.from_numpy(rng.integers(0, 19, (2, size, size)))
-    ignore_mask = torch.zeros(2, size, size, dtype=torch.uint8)
-    ignore_mask[:, size * 3 // 4 :] = 255
+    images, boxes, label, ignore_mask = noise_batch(seed, 7, size, 19, dtype)
     return (
         (images[0], label),
         UnlabeledViews(*images[1:4], ignore_mask, *boxes),

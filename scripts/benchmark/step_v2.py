@@ -7,15 +7,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from dataset.transform import box_mask, draw_cutmix_box
 from dataset.views import UnlabeledViews
 from model import build_model
 from scripts.benchmark import naive, naive_v2
-from scripts.benchmark.inputs import Inputs, noise_images
+from scripts.benchmark.inputs import Inputs, noise_batch
 from scripts.benchmark.memory import peak_memory
 from scripts.benchmark.rows import Row, alternate, relative_difference
 from util.config import load_config
@@ -81,12 +79,7 @@ def _make_model(backbone: str, crop: int, **options: Any) -> nn.Module:
 
 def _batch(seed: int, size: int, dtype: torch.dtype = torch.float32) -> Any:
     """Two labelled and two unlabelled images with CutMix boxes as often and as large as in training."""
-    rng = np.random.default_rng(seed)
-    images = [noise_images(10 * seed + i, 2, size).to(dtype) for i in range(4)]
-    boxes = [box_mask(torch.tensor([draw_cutmix_box(size, rng) or (0, 0, 0, 0) for _ in range(2)]), size) for _ in "12"]
-    label = torch.from_numpy(rng.integers(0, 21, (2, size, size)))
-    ignore_mask = torch.zeros(2, size, size, dtype=torch.uint8)
-    ignore_mask[:, size * 3 // 4 :] = 255
+    images, boxes, label, ignore_mask = noise_batch(seed, 4, size, 21, dtype)
     return (images[0], label), UnlabeledViews(*images[1:4], ignore_mask, *boxes)
 
 

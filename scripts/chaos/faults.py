@@ -224,7 +224,7 @@ FAULTS = {
     "kill-one-of-two": Fault(kill_one_of_two, 2),
     "signal-two": Fault(ask_two_to_end, 2),
     "cut-link": Fault(cut_link, 2),
-    # Without dropout, which each process draws for itself.
+    # Each process divides its losses by its own valid pixels, so the ends are near, not equal.
     "one-for-two": Fault(go_on_with_one, 2, "fixmatch", exact=False),
 }
 
