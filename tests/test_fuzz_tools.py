@@ -22,8 +22,7 @@ from PIL import Image
 
 from dataset.prepare import toy
 from model import build_model
-from tests.helpers import make_dataset
-from util.cli import run_main
+from tests.helpers import make_dataset, run_here
 from util.config import load_config, to_dict
 from util.visualize import colorize
 
@@ -120,17 +119,12 @@ def contents(root: Path) -> dict[str, bytes | str]:
 def run(tool: str, arguments: Sequence[str], root: Path) -> None:
     """Run the tool's main with its places in `root`; an error must be one line, or argparse's usage and one line."""
     argv = [argument.replace("@", f"{root}/") for argument in arguments]
-    out, err = io.StringIO(), io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            run_main(lambda: importlib.import_module(f"scripts.{tool}").main(argv))
-        except SystemExit as end:
-            status = end.code or 0
-    told = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-    assert status in (0, 2) or (status, tool) == (1, "check_data"), (tool, argv, status, err.getvalue())
+    done = run_here(f"scripts.{tool}", *argv)
+    status, err = done.returncode, done.stderr
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status in (0, 2) or (status, tool) == (1, "check_data"), (tool, argv, status, err)
     if status == 2:
-        assert len(told) == 1 or "usage: " in err.getvalue(), (tool, argv, err.getvalue())
+        assert len(told) == 1 or "usage: " in err, (tool, argv, err)
         assert len(told) == 0 or len(told[0]) < 1000
 
 
