@@ -1,24 +1,27 @@
 """Images of other channels than 8-bit RGB: multi-band TIFF and .npy files, decoded to 8 bits a channel.
 
-TIFFs go through tifffile or rasterio where one is installed, else through Pillow, which reads some kinds of 3 and 4
-channels only. .npy files are mapped, so that a part of one costs no more memory than that part.
+TIFFs go through rasterio, which reads windows of them, or tifffile, where one is installed, else through Pillow, which
+reads some kinds of 3 and 4 channels only. .npy files and, by tifffile, uncompressed TIFFs are mapped: a part of one
+costs no more memory than that part.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageMode
 
 from dataset.errors import DataError
-from dataset.files import errors_named, image_pixel_limit, too_many_pixels
+from dataset.files import errors_named, gives_upper_bits, image_pixel_limit, too_many_pixels
+from dataset.raster import ROWS, block_rows, find_rasterio, open_raster, read_rows
 
 IMAGENET_RGB = (0, 1, 2)
-ROWS = 64  # rows that are scaled at once
 # Pillow's modes whose channels are stored as they are decoded.
 PLAIN_MODES = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}
 
@@ -35,31 +38,45 @@ class Bands(NamedTuple):
     value_range: tuple[float, float] | None = None
 
 
+class Stored(NamedTuple):
+    """What an image file stores: `read(top, bottom)` gives rows, (bottom - top, width, channels) of any number type.
+
+    They are best read `step` rows at a time. `whole` says why all are in memory then, and is empty if they aren't.
+    """
+
+    width: int
+    height: int
+    read: Callable[[int, int], np.ndarray]
+    step: int = ROWS
+    whole: str = ""
+    mapped: bool = False
+
+
 def read_bands(path: str | Path, bands: Bands) -> np.ndarray:
     """An image's pixels, uint8 (H, W, channels). Raises DataError naming the file."""
-    pixels = open_bands(path, bands)
-    height, width = pixels.shape[:2]
-    if height * width > image_pixel_limit():
-        raise too_many_pixels(path, "image", height * width)
-    result = np.empty((height, width, bands.channels), np.uint8)
-    for top in range(0, height, ROWS):
-        result[top : top + ROWS] = scale(pixels[top : top + ROWS], bands)
+    with open_bands(path, bands) as stored, errors_named(path, "image"):
+        if stored.height * stored.width > image_pixel_limit():
+            raise too_many_pixels(path, "image", stored.height * stored.width)
+        result, top = np.empty((stored.height, stored.width, bands.channels), np.uint8), 0
+        for block in _blocks(stored, bands):
+            result[top : top + len(block)] = block
+            top += len(block)
     return result
 
 
-def open_bands(path: str | Path, bands: Bands) -> np.ndarray:
-    """An image's values as stored, (H, W, channels) of any number type, a .npy file mapped. Raises DataError."""
+@contextlib.contextmanager
+def open_bands(path: str | Path, bands: Bands) -> Iterator[Stored]:
+    """The image at `path`, of which the header is read. Raises DataError."""
     path = Path(path)
-    with errors_named(path, "image"):
-        if path.suffix.lower() == ".npy":
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-        elif path.suffix.lower() in (".tif", ".tiff"):
-            values = _read_tiff(path, bands.channels)
-        else:
-            values = _read_plain(path)
-        values = _channels_last(path, values, bands.channels)
-        _check_type(path, values.dtype, bands)
-    return values
+    with contextlib.ExitStack() as stack:
+        with errors_named(path, "image"):
+            if path.suffix.lower() == ".npy":
+                stored = _mapped(path, lambda: np.load(path, mmap_mode="r", allow_pickle=False), bands)
+            elif path.suffix.lower() in (".tif", ".tiff"):
+                stored = _tiff(path, bands, stack)
+            else:
+                stored = _plain(path, bands, stack)
+        yield stored
 
 
 def scale(values: np.ndarray, bands: Bands) -> np.ndarray:
@@ -71,31 +88,43 @@ def scale(values: np.ndarray, bands: Bands) -> np.ndarray:
     return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).round().astype(np.uint8)
 
 
-def bands_size(path: str | Path, bands: Bands) -> tuple[int, int]:
-    """(width, height). Raises DataError."""
-    return open_bands(path, bands).shape[1::-1]
+def bands_size(path: str | Path, bands: Bands, whole: bool = False) -> tuple[int, int]:
+    """(width, height), as the header says; `whole`: the values are read too, which finds damage. Raises DataError."""
+    with open_bands(path, bands) as stored, errors_named(path, "image"):
+        for top in range(0, stored.height, stored.step) if whole and not stored.mapped else ():
+            stored.read(top, min(top + stored.step, stored.height))
+    return stored.width, stored.height
 
 
-def band_rows(path: Path, bands: Bands) -> tuple[int, int, Iterator[np.ndarray], str]:
+@contextlib.contextmanager
+def band_rows(path: Path, bands: Bands) -> Iterator[tuple[int, int, Iterator[np.ndarray], str]]:
     """Width, height, blocks of rows from the top, uint8 (rows, width, channels), and why all are in memory, or ""."""
-    values = open_bands(path, bands)
-    height, width = values.shape[:2]
-    blocks = (np.ascontiguousarray(scale(values[top : top + ROWS], bands)) for top in range(0, height, ROWS))
-    whole = "" if isinstance(values, np.memmap) else "TIFFs of many channels are decoded whole; .npy files are not"
-    return width, height, blocks, whole
+    with open_bands(path, bands) as stored:
+        yield stored.width, stored.height, _blocks(stored, bands), stored.whole
 
 
-def _channels_last(path: Path, values: np.ndarray, channels: int) -> np.ndarray:
-    if values.ndim == 2:
-        values = values[..., None]
-    if values.ndim == 3 and values.shape[2] == channels:
-        return values
-    if values.ndim == 3 and values.shape[0] == channels:
-        return values.transpose(1, 2, 0)
-    shape = " x ".join(map(str, values.shape))
-    raise DataError(
-        f"{path}: the image's values are {shape}; channels: {channels} needs height x width x {channels}, or "
-        f"{channels} x height x width",
+def _blocks(stored: Stored, bands: Bands) -> Iterator[np.ndarray]:
+    for top in range(0, stored.height, stored.step):
+        values = stored.read(top, min(top + stored.step, stored.height))
+        for start in range(0, len(values), ROWS):
+            yield np.ascontiguousarray(scale(values[start : start + ROWS], bands))
+
+
+def _layout(path: Path, shape: tuple[int, ...], dtype: np.dtype, bands: Bands) -> tuple[int, int, bool]:
+    """Width, height and whether the channels come first. Raises DataError for values that do not fit `bands`."""
+    shape, channels = (*shape, 1) if len(shape) == 2 else shape, bands.channels
+    if len(shape) != 3 or channels not in (shape[0], shape[2]):
+        raise _wrong_shape(path, shape, channels)
+    _check_type(path, dtype, bands)
+    first = shape[2] != channels
+    height, width = shape[1:] if first else shape[:2]
+    return width, height, first
+
+
+def _wrong_shape(path: Path, shape: tuple[int, ...], channels: int) -> DataError:
+    return DataError(
+        f"{path}: the image's values are {' x '.join(map(str, shape))}; channels: {channels} needs height x width x "
+        f"{channels}, or {channels} x height x width",
         "images of another number of channels",
     )
 
@@ -111,27 +140,85 @@ def _check_type(path: Path, dtype: np.dtype, bands: Bands) -> None:
         )
 
 
-def _read_tiff(path: Path, channels: int) -> np.ndarray:
+def _rows(values: np.ndarray, top: int, bottom: int, first: bool) -> np.ndarray:
+    if first:
+        return values[:, top:bottom].transpose(1, 2, 0)
+    return values[top:bottom] if values.ndim == 3 else values[top:bottom, :, None]
+
+
+def _mapped(path: Path, map_file: Callable[[], np.ndarray], bands: Bands) -> Stored:
+    """Mapped anew for each block of rows: a map keeps the pages that were read through it in memory."""
+    values = map_file()
+    width, height, first = _layout(path, values.shape, values.dtype, bands)
+    return Stored(width, height, lambda top, bottom: _rows(map_file(), top, bottom, first), mapped=True)
+
+
+def _decoded(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, decode: Callable[[], np.ndarray], bands: Bands, why: str
+) -> Stored:
+    """Decoded whole, once, when the first rows are read."""
+    width, height, first = _layout(path, shape, dtype, bands)
+    if width * height > image_pixel_limit():
+        fault = too_many_pixels(path, "image", width * height)
+        raise DataError(f"{fault}; {why}", fault.kind)
+    values = functools.cache(decode)
+    return Stored(width, height, lambda top, bottom: _rows(values(), top, bottom, first), whole=why)
+
+
+def _tiff(path: Path, bands: Bands, stack: contextlib.ExitStack) -> Stored:
+    """By the first package that reads it as so many channels."""
+    fault = None
+    if find_rasterio():
+        try:
+            return _by_rasterio(path, bands, stack)
+        except Exception as error:  # several pages, say: tifffile takes them for channels
+            fault = error
     if importlib.util.find_spec("tifffile"):
-        import tifffile
-
-        return tifffile.imread(path)
-    if importlib.util.find_spec("rasterio"):
-        import rasterio
-
-        with rasterio.open(path) as source:
-            return source.read()
+        return _by_tifffile(path, bands)
+    if fault is not None:
+        raise fault
     try:
-        return _read_plain(path)
+        return _plain(path, bands, stack)
     except Exception:
         raise DataError(
-            f"{path}: a TIFF of {channels} channels needs tifffile or rasterio: "
+            f"{path}: a TIFF of {bands.channels} channels needs rasterio or tifffile: "
             "pip install -r requirements-tools.txt (or store .npy)",
-            "TIFFs that need tifffile",
+            "TIFFs that need rasterio or tifffile",
         ) from None
 
 
-def _read_plain(path: Path) -> np.ndarray:
+def _by_rasterio(path: Path, bands: Bands, stack: contextlib.ExitStack) -> Stored:
+    source = stack.enter_context(open_raster(path))
+    if source.count != bands.channels:
+        raise _wrong_shape(path, (source.height, source.width, source.count), bands.channels)
+    _check_type(path, np.dtype(source.dtypes[0]), bands)
+    return Stored(source.width, source.height, functools.partial(read_rows, source), block_rows(source))
+
+
+def _by_tifffile(path: Path, bands: Bands) -> Stored:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        shape, dtype = file.series[0].shape, file.series[0].dtype
+    with contextlib.suppress(ValueError):  # compressed
+        return _mapped(path, lambda: tifffile.memmap(path, mode="r"), bands)
+
+    def decode() -> np.ndarray:
+        try:
+            return tifffile.imread(path)
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise DataError(
+                f"{path}: compressed in a way that needs rasterio, or imagecodecs beside tifffile: "
+                "pip install -r requirements-tools.txt",
+                "TIFFs that need rasterio or imagecodecs",
+            ) from None
+
+    return _decoded(path, shape, dtype, decode, bands, "without rasterio, compressed TIFFs are decoded whole")
+
+
+def _plain(path: Path, bands: Bands, stack: contextlib.ExitStack) -> Stored:
     """What Pillow reads without changing values: grey, of 16 bits too, RGB, and four channels."""
     with Image.open(path) as image:
         if image.mode not in PLAIN_MODES and image.mode[0] != "I":
@@ -139,4 +226,19 @@ def _read_plain(path: Path) -> np.ndarray:
                 f"{path}: Pillow reads it as {image.mode}, which is no plain list of channels: store .npy or TIFF",
                 "images of another number of channels",
             )
+        upper_bits, dtype = gives_upper_bits(image), np.dtype(ImageMode.getmode(image.mode).typestr)
+        shape = (image.height, image.width, len(image.getbands()))
+    if not upper_bits:
+        return _decoded(path, shape, dtype, lambda: _pillow_values(path), bands, "PNGs of this kind are decoded whole")
+    if find_rasterio():
+        return _by_rasterio(path, bands, stack)
+    raise DataError(
+        f"{path}: of its 16 bits per channel Pillow gives the upper 8: install rasterio (requirements-tools.txt), or "
+        "store .npy",
+        "images of 16 bits per channel that need rasterio",
+    )
+
+
+def _pillow_values(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
         return np.asarray(image)

@@ -14,7 +14,16 @@ from PIL import Image
 
 from dataset.bands import Bands, bands_size
 from dataset.errors import DataError
-from dataset.files import IGNORE_INDEX, LabelColors, check_depth, errors_named, read_image, read_label, size_fault
+from dataset.files import (
+    IGNORE_INDEX,
+    LabelColors,
+    check_depth,
+    errors_named,
+    gives_upper_bits,
+    read_image,
+    read_label,
+    size_fault,
+)
 from dataset.lists import Progress, Sample, no_progress
 
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
@@ -31,8 +40,10 @@ def check_samples(
     progress: Progress = no_progress,
     label_colors: LabelColors | None = None,
     bands: Bands | None = None,
-) -> None:
+) -> Path | None:
     """Check every file of a list; the first fault in list order is raised as DataError.
+
+    Returns the first image of 16 bits per channel, of which the upper 8 are used.
 
     `progress` wraps the iterator over the checked samples, whose number it gets too.
 
@@ -42,19 +53,21 @@ def check_samples(
     root = Path(data_root)
     check_root(root)
     found: set[int] = set()
-    two_ways, first, labels = [], None, 0  # nothing that grows with the list
+    two_ways, first, labels, deep = [], None, 0, None  # nothing that grows with the list
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
         how = (root, nclass, label_map or {}, label_colors, bands)
         checked = _map(pool, lambda sample: _check_sample(sample, *how), samples)
-        for sample, (values, shown) in zip(samples, progress(checked, len(samples)), strict=True):
+        for sample, (values, shown, upper_bits) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
             if not two_ways and can_be_read_two_ways(values, shown, nclass, label_map):
                 two_ways = [root / sample.label]
             first, labels = first or sample.label, labels + bool(sample.label)
+            deep = deep or (root / sample.image if upper_bits else None)
     if first and (fault := mask_fault(root / first, labels, found, label_map)):
         raise fault
     if fault := mixed_fault(two_ways, found):
         raise fault
+    return deep
 
 
 def _map(pool: ThreadPoolExecutor, work: Callable[[Sample], Any], samples: Sequence[Sample]) -> Iterator[Any]:
@@ -132,16 +145,19 @@ def _check_sample(
     label_map: Mapping[int, int],
     label_colors: LabelColors | None,
     bands: Bands | None,
-) -> tuple[set[int], Sequence[int] | None]:
-    """The values found in the sample's label (none without one), and as what they are shown."""
-    size = bands_size(root / sample.image, bands) if bands else _check_image(root / sample.image)
+) -> tuple[set[int], Sequence[int] | None, bool]:
+    """The values found in the sample's label (none without one), as what they are shown, and of the image whether
+    its upper bits alone are used.
+    """
+    path = root / sample.image
+    size, upper_bits = (bands_size(path, bands, whole=True), False) if bands else _check_image(path)
     if sample.label is None:
-        return set(), None
+        return set(), None, upper_bits
     label = read_label(root / sample.label, label_colors)
     found = np.flatnonzero(label.histogram()).tolist()
     for fault in label_faults(sample, root, size, label, found, nclass, label_map):
         raise fault
-    return set(found), label.info["shown"]
+    return set(found), label.info["shown"], upper_bits
 
 
 def label_faults(
@@ -174,17 +190,17 @@ def label_faults(
         )
 
 
-def _check_image(path: Path) -> tuple[int, int]:
-    """The (width, height) of an image that seems whole."""
+def _check_image(path: Path) -> tuple[tuple[int, int], bool]:
+    """The (width, height) of an image that seems whole, and whether its upper bits alone are used."""
     with errors_named(path, "image"), open(path, "rb") as file, Image.open(file) as image:
         check_depth(path, image)
-        size, mark = image.size, _END_MARKS.get(image.format)
+        size, mark, upper_bits = image.size, _END_MARKS.get(image.format), gives_upper_bits(image)
         file.seek(0, os.SEEK_END)
         file.seek(-min(64, file.tell()), os.SEEK_END)
         whole = mark is not None and mark in file.read()
     if not whole:
         read_image(path)
-    return size
+    return size, upper_bits
 
 
 def _few(values: Sequence[int]) -> str:

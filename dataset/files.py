@@ -7,7 +7,7 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +274,17 @@ def check_depth(path: str | Path, image: Image.Image) -> None:
             f"{path}: the image has more than 8 bits per pixel (mode {image.mode}); convert it to 8 bits",
             "images of more than 8 bits",
         )
+
+
+def gives_upper_bits(image: Image.Image) -> bool:
+    """Whether Pillow gives the upper 8 of the 16 bits per channel of an opened image; known before decoding only."""
+    return image.mode[0] != "I" and any(";16" in str(tile[3]) for tile in image.tile)  # the decoder's arguments
+
+
+def upper_bits_notes(found: Iterable[str | Path | None]) -> list[str]:
+    """A note for the user on the first of these images, of which `gives_upper_bits`, if there is any."""
+    rule = "the upper 8 are used (value_range: [low, high] uses all)"
+    return [f"note: images of 16 bits per channel, such as {path}: {rule}" for path in found if path][:1]
 
 
 def orientation(image: Image.Image) -> int:

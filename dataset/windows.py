@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,19 @@ from PIL.TiffTags import LONG
 
 from dataset.bands import Bands, band_rows
 from dataset.errors import DataError
-from dataset.files import errors_named, open_image, orientation, read_image
+from dataset.files import (
+    errors_named,
+    gives_upper_bits,
+    image_pixel_limit,
+    open_image,
+    orientation,
+    read_image,
+    too_many_pixels,
+)
+from dataset.raster import ROWS, block_rows, find_rasterio, open_raster, read_rows
 
-ROWS = 64  # rows of a PNG that are decoded at once
-BLOCK_PIXELS = 2**26  # a strip or a row of tiles of a TIFF holds at most so many, else it is no help
+BLOCK_PIXELS = 2**26  # a compressed strip, or a row of tiles, of a TIFF holds at most so many, else it is no help
+PIECE = 2**20  # bytes of a PNG that are read at once
 
 
 class Rows:
@@ -55,13 +63,17 @@ def open_rows(path: Path, upright: bool = False, whole: bool = False, bands: Ban
 
     `whole`: it is small enough to be decoded at once, which is faster. `bands`: it has other channels than 8-bit RGB.
     """
-    if bands:
-        yield Rows(path, *band_rows(path, bands))
-        return
-    if whole:
-        pixels = np.asarray(read_upright(path) if upright else read_image(path))
-        yield Rows(path, pixels.shape[1], pixels.shape[0], iter([pixels]), "it is small")
-        return
+    with contextlib.ExitStack() as stack:
+        if bands:
+            yield Rows(path, *stack.enter_context(band_rows(path, bands)))
+        elif whole:
+            yield _decoded(path, upright, "it is small")
+        else:
+            yield _in_blocks(path, upright, stack)
+
+
+def _in_blocks(path: Path, upright: bool, stack: contextlib.ExitStack) -> Rows:
+    """The rows of a large image; its file stays open as long as the stack."""
     with errors_named(path, "image"):
         with no_pixel_limit(), Image.open(path) as image:
             width, height = image.size
@@ -70,19 +82,24 @@ def open_rows(path: Path, upright: bool = False, whole: bool = False, bands: Ban
             tags = dict(image.tag_v2) if kind == "TIFF" else {}
         if mode[0] in "IF":
             read_image(path)  # refuses it, and says why
-        reader = None if turned else _reader(path, kind, tags)
-    if reader is None:
-        pixels = np.asarray(read_upright(path) if upright else read_image(path))
-        yield Rows(path, pixels.shape[1], pixels.shape[0], iter([pixels]), _why(kind, turned))
-        return
-    with reader as blocks:
-        yield Rows(path, width, height, blocks)
+        reader = None if turned else _reader(path, kind, mode, tags)
+        if reader is not None:
+            return Rows(path, width, height, stack.enter_context(reader))
+    if width * height > image_pixel_limit():
+        fault = too_many_pixels(path, "image", width * height)
+        raise DataError(f"{fault}; {_why(kind, turned)}", fault.kind)
+    return _decoded(path, upright, _why(kind, turned))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as the header says, whatever the limit of pixels. Raises DataError."""
+def _decoded(path: Path, upright: bool, why: str) -> Rows:
+    pixels = np.asarray(read_upright(path) if upright else read_image(path))
+    return Rows(path, pixels.shape[1], pixels.shape[0], iter([pixels]), why)
+
+
+def read_header(path: Path) -> tuple[int, int, bool]:
+    """Width, height and `gives_upper_bits`, whatever the limit of pixels. Raises DataError."""
     with errors_named(path, "image"), no_pixel_limit(), Image.open(path) as image:
-        return image.size
+        return *image.size, gives_upper_bits(image)
 
 
 def read_upright(path: Path) -> Image.Image:
@@ -95,17 +112,18 @@ def read_upright(path: Path) -> Image.Image:
 def _why(kind: str, turned: bool) -> str:
     if turned:
         return "its EXIF orientation turns it"
-    hint = "" if _rasterio() else "; with rasterio (requirements-tools.txt) JPEG and more kinds of TIFF are not"
-    return f"a {kind} of this kind is decoded whole{hint}"
+    ways = "store it as PNG or in tiles of a TIFF"
+    ways += "" if find_rasterio() else ", or install rasterio (requirements-tools.txt) for JPEG and most TIFFs"
+    return f"a {kind} of this kind is decoded whole: {ways}"
 
 
-def _reader(path: Path, kind: str, tags: dict[int, Any]) -> Any:
+def _reader(path: Path, kind: str, mode: str, tags: dict[int, Any]) -> Any:
     """A context manager of the blocks of rows, or None."""
     if kind == "PNG" and (header := _png_header(path)):
         return _png_blocks(path, *header)
-    if kind == "TIFF" and _tiff_has_blocks(tags):
+    if kind == "TIFF" and _tiff_has_blocks(tags := _in_small_strips(tags)):
         return _tiff_blocks(path, tags)
-    if kind in ("TIFF", "JPEG", "MPO") and _rasterio() and tags.get(274, 1) == 1:
+    if kind in ("TIFF", "JPEG", "MPO") and find_rasterio() and _rasterio_gives_the_same(mode, tags):
         return _rasterio_blocks(path)
     return None
 
@@ -144,12 +162,17 @@ def _png_header(path: Path) -> tuple[int, int, int, int, list[tuple[bytes, bytes
 
 
 def _chunks(file: Any, before_data: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of each chunk, the data in pieces."""
     file.seek(len(SIGNATURE))
     while len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
         if kind == b"IEND" or (kind == b"IDAT" and before_data):
             return
-        yield kind, file.read(size)
+        if kind == b"IDAT":  # some programs write all data as one chunk
+            for start in range(0, size, PIECE):
+                yield kind, file.read(min(PIECE, size - start))
+        else:
+            yield kind, file.read(size)
         file.read(4)  # checksum; the data have one of their own
     raise OSError("the file ends before its last chunk")
 
@@ -211,18 +234,38 @@ class _Inflated:
 
 # --- TIFF: every strip, and every tile, is compressed for itself
 
-WIDTH, HEIGHT, COMPRESSION, OFFSETS, ROWS_PER_STRIP, COUNTS, PLANAR = 256, 257, 259, 273, 278, 279, 284
+WIDTH, HEIGHT, BITS, COMPRESSION, OFFSETS, SAMPLES = 256, 257, 258, 259, 273, 277
+ROWS_PER_STRIP, COUNTS, PLANAR = 278, 279, 284
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS = 322, 323, 324, 325
 # Tags that say how pixels are coded: bits, compression, photometric, fill order, samples, predictor, palette, extra
 # samples, sample format, JPEG tables, subsampling, reference black and white.
 CODING = (258, 259, 262, 266, 277, 317, 320, 338, 339, 347, 530, 532)
-OLD_JPEG = 6  # its tables lie anywhere in the file
+OLD_JPEG = 6  # a compression whose tables lie anywhere in the file
+YCBCR = 6  # colours of which some are stored once for several pixels
+
+
+def _in_small_strips(tags: dict[int, Any]) -> dict[int, Any]:
+    """The tags with the strips of an uncompressed TIFF cut anew, into few rows each: Pillow writes one for all."""
+    offsets, counts = (_tuple(tags.get(key, ())) for key in (OFFSETS, COUNTS))
+    if tags.get(COMPRESSION, 1) != 1 or tags.get(262) == YCBCR or len(offsets) != len(counts) or not offsets:
+        return tags
+    bits = _tuple(tags.get(BITS, 1))
+    row = (tags[WIDTH] * (sum(bits) if len(bits) > 1 else bits[0] * tags.get(SAMPLES, 1)) + 7) // 8
+    end = offsets[0] + row * tags[HEIGHT]
+    apart = any(offsets[i] + counts[i] != offsets[i + 1] for i in range(len(offsets) - 1))
+    if apart or end > offsets[-1] + counts[-1]:
+        return tags
+    starts = range(offsets[0], end, ROWS * row)
+    sizes = tuple(min(ROWS * row, end - start) for start in starts)
+    return tags | {ROWS_PER_STRIP: ROWS, OFFSETS: tuple(starts), COUNTS: sizes}
 
 
 def _tiff_has_blocks(tags: dict[int, Any]) -> bool:
     rows = tags.get(TILE_HEIGHT) or tags.get(ROWS_PER_STRIP) or tags[HEIGHT]
-    coded_together = tags.get(PLANAR, 1) == 1 and tags.get(COMPRESSION, 1) != OLD_JPEG
-    return coded_together and tags.get(274, 1) == 1 and rows < tags[HEIGHT] and rows * tags[WIDTH] <= BLOCK_PIXELS
+    known = {TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS} <= tags.keys() or {OFFSETS, COUNTS} <= tags.keys()
+    together = tags.get(PLANAR, 1) == 1 and tags.get(COMPRESSION, 1) != OLD_JPEG
+    small = rows < tags[HEIGHT] and rows * tags[WIDTH] <= BLOCK_PIXELS
+    return known and together and tags.get(274, 1) == 1 and small
 
 
 @contextlib.contextmanager
@@ -239,7 +282,7 @@ def _tiff_blocks(path: Path, tags: dict[int, Any]) -> Iterator[Iterator[np.ndarr
                 file.seek(offset)
                 parts.append(file.read(count))
             picture = _decode(_tiff(tags, min(rows, tags[HEIGHT] - top), parts, tiled, prefix))
-            yield np.asarray(picture.convert("RGB"))
+            yield np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
     with open(path, "rb") as file:
         prefix = file.read(2)
@@ -274,36 +317,25 @@ def _tuple(value: Any) -> tuple[int, ...]:
 # --- other kinds, by GDAL
 
 
-def _rasterio() -> Any:
-    """The package, or None; it is not among requirements.txt."""
-    try:
-        import rasterio
-    except ImportError:
-        return None
-    return rasterio
+def _rasterio_gives_the_same(mode: str, tags: dict[int, Any]) -> bool:
+    """Whether the first three bands are red, green and blue as Pillow converts them, or the only one is grey."""
+    upright, inverted, premultiplied = tags.get(274, 1) == 1, tags.get(262) == 0, 1 in _tuple(tags.get(338, ()))
+    plain = mode in ("RGB", "RGBA", "L", "LA", "P") and set(_tuple(tags.get(BITS, 8))) == {8}
+    return plain and upright and not inverted and not premultiplied
 
 
 @contextlib.contextmanager
 def _rasterio_blocks(path: Path) -> Iterator[Iterator[np.ndarray]]:
-    rasterio = _rasterio()
-
     def blocks(source: Any) -> Iterator[np.ndarray]:
         bands = [1, 2, 3] if source.count >= 3 else [1, 1, 1]
-        for top in range(0, source.height, ROWS):
-            rows = min(ROWS, source.height - top)
-            block = source.read(bands, window=rasterio.windows.Window(0, top, source.width, rows))
-            if palette is not None:
-                block = palette[block[0]].transpose(2, 0, 1)
-            yield np.ascontiguousarray(block.transpose(1, 2, 0))
+        rows = block_rows(source)
+        for top in range(0, source.height, rows):
+            block = read_rows(source, top, min(top + rows, source.height), bands)
+            yield np.ascontiguousarray(block if palette is None else palette[block[..., 0]])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has no place on the earth
-        source = rasterio.open(path)
-    with source:
-        if source.dtypes[0] != "uint8":
-            raise DataError(f"{path}: the image has more than 8 bits per channel ({source.dtypes[0]})")
+    with open_raster(path) as source:
         palette = None
-        if source.colorinterp[0] == rasterio.enums.ColorInterp.palette:
+        if source.colorinterp[0] == find_rasterio().enums.ColorInterp.palette:
             palette = np.zeros((256, 3), np.uint8)
             for index, value in source.colormap(1).items():
                 palette[index] = value[:3]

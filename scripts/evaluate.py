@@ -30,7 +30,14 @@ from util.outputs import check_targets
 from util.plots import require_matplotlib
 from util.precision import check_precision
 from util.run import loader_options
-from util.trained import add_model_arguments, add_view_arguments, check_view_arguments, open_trained
+from util.trained import (
+    add_colors_argument,
+    add_model_arguments,
+    add_view_arguments,
+    check_view_arguments,
+    chosen_palette,
+    open_trained,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mode", choices=EVAL_MODES, help="instead of the config's eval_mode")
     add_view_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help=f"folder for {', '.join(FILES)}; earlier ones are replaced")
-    parser.add_argument("--worst", type=int, default=8, metavar="N", help="images in worst.png (default: 8)")
+    parser.add_argument(
+        "--worst",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images in worst.png (default: 8); with 0 an earlier worst.png is removed",
+    )
+    add_colors_argument(parser)
     parser.add_argument("--port", type=int, help="rendezvous port under srun")
     args = parser.parse_args(argv)
     check_view_arguments(args)
@@ -57,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_image_pixels(cfg.max_image_pixels)
     data_root = resolve_path(cfg.data_root)
     samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
-    if processes.is_main and cfg.check_data:
-        check_listed(cfg, samples)
     if processes.is_main:
-        print("".join(f"{note}\n" for note in trained.notes), end="")
+        notes = [*trained.notes, *check_listed(cfg, [samples])]
+        print("".join(f"{note}\n" for note in notes), end="")
     if args.out:
         data = [(kind, data_root / path) for sample in samples for kind, path in sample._asdict().items() if path]
         check_targets([Path(args.out) / name for name in FILES], trained.files(args) + data)
@@ -92,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.checkpoint}: IoU in percent ({view.mode}, {len(samples)} images)")
     print(iou_table(result.iou, cfg.classes))
     if analysis is not None:
-        report = Report(trained, samples, view, result, analysis)
+        report = Report(trained, samples, view, result, analysis, chosen_palette(args, cfg))
         worst = [
             (number, miou, report.show(model, source, number, device)) for number, miou in analysis.worst(args.worst)
         ]

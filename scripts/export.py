@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         save(program, metadata, suffix, temporary)
         results = check(model, load(suffix, temporary), trained.cfg.crop_size, trained.cfg.channels)
     print(f"logits of {out} and of the model differ by at most")
-    for shape, difference in results:
-        print(f"  {difference:.2g} for {' x '.join(map(str, shape))}")
+    for shape, absolute, relative in results:
+        print(f"  {absolute:.2g}, {relative:.2g} of the largest logit, for {' x '.join(map(str, shape))}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +22,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import DataError
-from dataset.files import limit_image_pixels, map_label, read_label
+from dataset.files import limit_image_pixels, map_label, read_label, upper_bits_notes
 from dataset.inputs import Found, Picture, find_pictures
 from util.cli import run_main
 from util.config import Config, resolve_path
 from util.distributed.launch import choose_device, find_processes
 from util.errors import ConfigError, error_line
-from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, is_own, save_picture
-from util.palette import colorblind_palette
+from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, is_own, read_mark, save_picture
 from util.plots import contact_sheet, require_matplotlib
 from util.precision import check_precision
-from util.prediction import KINDS, Options, Predictor, Preview, overlay, targets_of
-from util.trained import add_model_arguments, add_view_arguments, check_view_arguments, open_trained
+from util.prediction import KINDS, Options, Predictor, Preview, overlay, source_id, targets_of
+from util.trained import (
+    add_colors_argument,
+    add_model_arguments,
+    add_view_arguments,
+    check_view_arguments,
+    chosen_palette,
+    open_trained,
+)
 from util.visualize import colorize, full_palette, panel
 
 
@@ -60,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_only += [("image", picture.path), *([("label", picture.label)] if picture.label else [])]
     written = [target for kinds in targets for target in kinds.values()]
     check_targets([*written, *_pages(args)], trained.files(args) + read_only)
+    _check_sources(pictures, targets, args)
     model = trained.ready(trained.build(), device)
     options = _options(args, cfg, getattr(model, "size_multiple", 1))
     predictor = Predictor(model, device, options, trained.identity())
@@ -104,21 +112,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min-confidence", type=float, default=0.0, metavar="T", help="255, ignored, where the confidence is below T: "
         "DIR is then a folder of pseudo-labels")  # fmt: skip
     add_view_arguments(parser)
+    add_colors_argument(parser)
     add("--tile", type=int, default=1024, metavar="S", help="side of the tiles that large images are predicted in, "
         "read window by window where their format allows (default: 1024)")  # fmt: skip
-    add("--overlap", type=int, default=256, metavar="N", help="pixels that neighbouring tiles share (default: 256)")
+    add("--overlap", type=int, metavar="N", help="pixels that neighbouring tiles share, at most half a tile (default: "
+        "256, or half a tile if that is less)")  # fmt: skip
     add("--tile-above", type=int, default=2048 * 2048, metavar="PIXELS", help="images of more pixels are large "
         "(default: 4194304, that is 2048 x 2048)")  # fmt: skip
     add("--upright", action="store_true", help="turn images as their EXIF orientation says, as viewers do")
-    add("--colors", choices=("dataset", "colorblind"), default="dataset", help="the data set's palette, or colours "
-        "that people with any colour vision can tell apart")  # fmt: skip
     add("--geotiff", action="store_true", help="write the index as GeoTIFF, placed on the earth as its input is")
     add("--keep-suffix", action="store_true", help="a.jpg becomes a.jpg.png: for images that differ by suffix only")
     add("--panel", metavar="F", help="also write one picture: input | truth, if listed | prediction")
     add("--panel-rows", type=int, default=6, metavar="N", help="images in the panel (default: 6)")
-    add("--contact-sheet", metavar="F", help="also write one page of inputs and overlays with a legend")
+    add("--contact-sheet", nargs="?", const="", metavar="F", help="also write one page of inputs and overlays with a "
+        "legend (without F: DIR/contact-sheet.png)")  # fmt: skip
     add("--sheet-images", type=int, default=24, metavar="N", help="images on the contact sheet (default: 24)")
     args = parser.parse_args(argv)
+    if args.contact_sheet == "":
+        args.contact_sheet = str(Path(args.out, "contact-sheet.png"))
+    if args.overlap is None:
+        args.overlap = min(256, args.tile // 2)
     if not args.inputs and not args.images:
         parser.error("name at least one INPUT: an image, a folder, a glob or a list file")
     return args
@@ -132,8 +145,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option} {value}: must be at least 1")
     if args.tile < 32:
         raise ConfigError(f"--tile {args.tile}: must be at least 32")
-    if not 0 <= args.overlap < args.tile:
-        raise ConfigError(f"--overlap {args.overlap}: must be from 0 to --tile - 1 = {args.tile - 1}")
+    if not 0 <= args.overlap <= args.tile // 2:
+        raise ConfigError(f"--overlap {args.overlap}: must be from 0 to half of --tile: {args.tile // 2}")
     if not 0 <= args.min_confidence <= 1:
         raise ConfigError(f"--min-confidence {args.min_confidence}: must be from 0 to 1")
     for option, path in (("--panel", args.panel), ("--contact-sheet", args.contact_sheet)):
@@ -148,7 +161,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace, cfg: Config, multiple: int) -> Options:
-    palette = cfg.palette if args.colors == "dataset" else colorblind_palette(cfg.nclass)
+    palette = chosen_palette(args, cfg)
     return Options(
         cfg.eval_mode,
         cfg.crop_size,
@@ -156,7 +169,7 @@ def _options(args: argparse.Namespace, cfg: Config, multiple: int) -> Options:
         tuple(args.scales),
         args.flip,
         max(1, args.tile // multiple) * multiple,
-        min(args.overlap, args.tile // 2),
+        args.overlap,
         args.tile_above,
         args.min_confidence,
         args.upright,
@@ -181,6 +194,24 @@ def _targets(pictures: Sequence[Picture], args: argparse.Namespace) -> list[dict
                 )
             owners[target] = picture.path
     return targets
+
+
+def _check_sources(pictures: Sequence[Picture], targets: Sequence[dict[str, Path]], args: argparse.Namespace) -> None:
+    """Raise ConfigError where two things would be written into one file, be it by this call and an earlier one."""
+    taken = {os.path.realpath(target) for kinds in targets for target in kinds.values()}
+    for page in _pages(args):
+        if os.path.realpath(page) in taken or " " in (read_mark(page) or ""):  # a prediction's mark has two parts
+            raise ConfigError(f"{page}: is to be a page, and also a prediction or the other page: choose another name")
+        taken.add(os.path.realpath(page))
+    for picture, kinds in zip(pictures, targets, strict=True):
+        own = source_id(picture.path)
+        for target in kinds.values():
+            mark = read_mark(target)
+            if mark == "" or (mark and mark.partition(" ")[2] not in ("", own)):
+                raise ConfigError(
+                    f"{target}: was not made from {picture.path}, but from another file: choose another --out, or use "
+                    "--keep-suffix where the names differ by suffix only"
+                )
 
 
 def _pages(args: argparse.Namespace) -> list[str]:
@@ -234,6 +265,7 @@ def _summary(
             f"{len(predictor.tiled)} large images were predicted in tiles of {options.tile} pixels that share "
             f"{options.overlap}: {_few(predictor.tiled)}"
         )
+    lines += upper_bits_notes(predictor.upper_bits)
     for path, why in list(predictor.whole.items())[:5]:
         lines.append(f"note: {path} was held in memory whole: {why}")
     if unreadable:

@@ -175,9 +175,9 @@ def test_metrics_are_the_same_with_two_processes_and_pictures_are_written(traine
     done = run_script(*launch, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "two"), "--worst", "2")
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    for key in ("expected_calibration_error", "calibration"):  # sums in another order
+    for key in ("expected_calibration_error", "ece", "calibration"):  # sums in another order
         assert str(found[0].pop(key))[:6] == str(found[1].pop(key))[:6]
-    assert found[0] == found[1]
+    assert found[0] == found[1] and found[0]["checkpoint_sha256"] == found[0]["checkpoint"]["sha256"]
     assert f"{found[0]['mIoU']:.2f}" in out and f"pixel accuracy {found[0]['pixel_accuracy']:.2f}" in out
     confusion = np.array(found[0]["confusion"])
     assert found[0]["pixel_accuracy"] == pytest.approx(100 * confusion.trace() / confusion.sum())
@@ -188,7 +188,11 @@ def test_metrics_are_the_same_with_two_processes_and_pictures_are_written(traine
             assert contents[0] == contents[1]
             with Image.open(tmp_path / "one" / name) as picture:
                 assert min(picture.size) > 200
-    evaluate_script.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "one")])  # its own are replaced
+    again = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "one"), "--worst"]  # its own are replaced
+    evaluate_script.main([*again, "2", "--colors", "colorblind"])
+    assert (tmp_path / "one/worst.png").read_bytes() != (tmp_path / "two/worst.png").read_bytes()
+    evaluate_script.main([*again, "0"])
+    assert not (tmp_path / "one/worst.png").exists() and (tmp_path / "one/metrics.json").exists()
 
 
 def test_files_of_others_are_not_replaced(tmp_path):

@@ -61,6 +61,7 @@ TESTED_BY = {
     "dataset/prepare/audit.py": "check_data",
     "dataset/prepare/downloads.py": "prepare_data",
     "dataset/replacement.py": "bad_images",
+    "dataset/raster.py": "windows",
     "dataset/resize.py": "transform",
     "dataset/source.py": "semi_data",
     "dataset/views.py": "semi_data",

@@ -17,7 +17,7 @@ from dataset.source import DataSource
 from tests import faults
 from tests.helpers import PROJECT_ROOT, run_script
 from util.cli import parse_args, run_main
-from util.errors import EXIT_USER_ERROR
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 
 @pytest.fixture(autouse=True)
@@ -541,3 +541,23 @@ def test_predictions_stay_in_their_folder_wherever_the_images_are(data, tmp_path
         find_pictures([listed], data.root)
     found = find_pictures([listed], data.root, allow_outside=True)
     assert [str(picture.place) for picture in found.pictures] == ["a.jpg", "images/val0.jpg", "b.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8.00 GiB for an array with shape (20000, 20000)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    assert end.value.code == EXIT_STOPPED
+    assert capsys.readouterr().err == (
+        "error: out of memory: lower batch_size or crop_size, or use more processes; predict: lower --tile and "
+        f"--tile-above ({error})\n"
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +12,15 @@ import yaml
 from PIL import Image
 
 import fixmatch
-from dataset.bands import Bands, band_rows, read_bands
+from dataset.bands import Bands, band_rows, bands_size, read_bands, scale
 from dataset.cache import ImageCache
 from dataset.source import DataSource
 from dataset.transform import normalize
+from dataset.windows import open_rows
 from model import build_model
 from model.input_channels import inflate_input
 from scripts import check_data, evaluate, predict
+from tests.faults import deep_png
 from tests.helpers import complaint, load_checkpoint, make_dataset, model_config
 from util.config import load_config
 from util.errors import ConfigError
@@ -34,17 +39,93 @@ def test_stored_values_become_8_bits_by_the_stated_range(tmp_path):
         found = read_bands(tmp_path / name, FIVE)
         for (y, x, c), value in np.ndenumerate(found[:3, :3]):
             assert value == round(min(max((int(values[y, x, c]) - 100) * 255 / 1000, 0), 255))
-    width, height, blocks, whole = band_rows(tmp_path / "a.npy", FIVE)
-    assert (width, height, whole) == (40, 32, "")
-    np.testing.assert_array_equal(np.concatenate(list(blocks)), found)
+    with band_rows(tmp_path / "a.npy", FIVE) as (width, height, blocks, whole):
+        assert (width, height, whole) == (40, 32, "")
+        np.testing.assert_array_equal(np.concatenate(list(blocks)), found)
 
 
-def test_multi_band_tiffs_are_read_where_a_package_for_them_is_installed(tmp_path, monkeypatch):
+@pytest.fixture(params=["rasterio", "tifffile"])
+def package(request, monkeypatch):
+    """What reads TIFFs; rasterio first, with tifffile for what it does not read."""
+    pytest.importorskip(request.param)
+    if request.param == "tifffile":
+        monkeypatch.setattr("dataset.bands.find_rasterio", lambda: None)
+    return request.param
+
+
+def test_multi_band_tiffs_are_read_where_a_package_for_them_is_installed(tmp_path, package):
+    """Also several pages, which rasterio alone does not take for channels, and rows in blocks."""
     tifffile = pytest.importorskip("tifffile")
-    values = _values()
-    for name, stored, planar in (("a.tif", values, "contig"), ("b.tif", values.transpose(2, 0, 1), "separate")):
-        tifffile.imwrite(tmp_path / name, stored, photometric="minisblack", planarconfig=planar)
-        np.testing.assert_array_equal(read_bands(tmp_path / name, Bands(5, value_range=(0, 255))), values.clip(0, 255))
+    values = _values(height=150)
+    for stored, options in (
+        (values, {"planarconfig": "contig"}),
+        (values, {"planarconfig": "contig", "compression": "zlib"}),
+        (values, {"planarconfig": "contig", "compression": "zlib", "tile": (32, 48)}),
+        (values.transpose(2, 0, 1), {"planarconfig": "separate"}),
+        (values.transpose(2, 0, 1), {}),
+    ):
+        tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", **options)
+        bands = Bands(5, value_range=(0, 255))
+        np.testing.assert_array_equal(read_bands(tmp_path / "a.tif", bands), values.clip(0, 255))
+        assert bands_size(tmp_path / "a.tif", bands) == (40, 150)
+        with band_rows(tmp_path / "a.tif", bands) as (width, height, blocks, whole):
+            assert (width, height) == (40, 150)
+            np.testing.assert_array_equal(np.concatenate(list(blocks)), values.clip(0, 255))
+        assert bool(whole) == (package == "tifffile" and "compression" in options)
+
+
+def test_a_compressed_tiff_is_decoded_once_and_not_for_its_size(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.setattr("dataset.bands.find_rasterio", lambda: None)
+    tifffile.imwrite(tmp_path / "a.tif", _values(), photometric="minisblack", compression="zlib")
+    decode, decoded = tifffile.imread, []
+    monkeypatch.setattr(tifffile, "imread", lambda path: (decoded.append(path), decode(path))[1])
+    assert bands_size(tmp_path / "a.tif", FIVE) == (40, 32) and not decoded
+    with open_rows(tmp_path / "a.tif", bands=FIVE) as rows:
+        assert rows.window(0, 32).shape == (32, 40, 5) and len(decoded) == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert "max_image_pixels is 1000" in complaint(bands_size, tmp_path / "a.tif", FIVE) and len(decoded) == 1
+
+
+def test_a_compression_that_tifffile_cannot_undo_alone_names_the_packages(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.setattr("dataset.bands.find_rasterio", lambda: None)
+
+    def refuse(path):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile, "imread", refuse)
+    Image.fromarray(_values()[..., :3].astype(np.uint8)).save(tmp_path / "a.tif", compression="tiff_lzw")
+    assert "needs rasterio, or imagecodecs" in complaint(read_bands, tmp_path / "a.tif", Bands(3, value_range=(0, 255)))
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_blocks_of_a_mapped_file_let_go_of_what_was_read(tmp_path, monkeypatch, channels_first):
+    values = _values(height=300)
+    np.save(tmp_path / "a.npy", values.transpose(2, 0, 1) if channels_first else values)
+    load, maps = np.load, []
+
+    def watched(*args, **options):
+        found = load(*args, **options)
+        maps.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(np, "load", watched)
+    with band_rows(tmp_path / "a.npy", FIVE) as (_, _, blocks, _):
+        for _ in blocks:
+            assert sum(found() is not None for found in maps) <= 1
+    assert len(maps) > 4
+
+
+def test_colours_of_16_bits_are_scaled_from_all_of_them_or_refused(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 2**16, (6, 5, 3))
+    (tmp_path / "a.png").write_bytes(deep_png(values))
+    bands = Bands(3, value_range=(1000, 30_000))
+    if importlib.util.find_spec("rasterio"):
+        np.testing.assert_array_equal(read_bands(tmp_path / "a.png", bands), scale(values, bands))
+        assert "value_range: [low, high]" in complaint(read_bands, tmp_path / "a.png", Bands(3))
+    monkeypatch.setattr("dataset.bands.find_rasterio", lambda: None)
+    assert "of its 16 bits per channel Pillow gives the upper 8" in complaint(read_bands, tmp_path / "a.png", bands)
 
 
 def test_files_of_another_kind_are_refused_with_the_way_out(tmp_path):
@@ -65,9 +146,10 @@ def test_files_of_another_kind_are_refused_with_the_way_out(tmp_path):
 
 
 def test_a_tiff_without_a_package_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.bands.find_rasterio", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "a.tif").write_bytes(b"II*\0 no Pillow can read this")
-    assert "needs tifffile or rasterio: pip install -r requirements-tools.txt" in complaint(
+    assert "needs rasterio or tifffile: pip install -r requirements-tools.txt" in complaint(
         read_bands, tmp_path / "a.tif", FIVE
     )
 

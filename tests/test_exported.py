@@ -93,7 +93,7 @@ def test_a_vision_transformer_is_exported_for_every_grid_of_patches(tmp_path):
         save(program, {"size_multiple": 14}, suffix, tmp_path / "model")
         loaded = load(suffix, tmp_path / "model")
         # 518 x 518 is the size at which the positional embedding is not interpolated.
-        assert [tuple(shape) for shape, _ in check(model, loaded, 518)] == [
+        assert [tuple(shape) for shape, *_ in check(model, loaded, 518)] == [
             (1, 3, 518, 518),
             (2, 3, 42, 70),
             (3, 3, 70, 42),
@@ -118,7 +118,9 @@ class Line(nn.Module):
 
 def test_a_file_that_computes_something_else_is_refused():
     model = Line()
-    assert all(difference == 0 for _, difference in check(model, model, 40))
+    assert all(found == [0, 0] for _, *found in check(model, model, 40))
+    ((_, absolute, relative), *_) = check(model, lambda image: 5 * image + 5e-5, 40)
+    assert absolute == pytest.approx(5e-5, rel=0.1) and relative == pytest.approx(absolute / 20, rel=0.5)
     with pytest.raises(ConfigError, match=r"logits differ by .* on 66 x 66 pixels"):
         check(model, lambda image: 5.01 * image, 40)
     with pytest.raises(ConfigError, match="differ by nan"):

@@ -5,12 +5,16 @@ import itertools
 import os
 import random
 
+import numpy as np
 import pytest
 
 from dataset import check, lists
 from dataset.check import check_samples
 from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list
+from tests.faults import deep_png
 from tests.helpers import complaint, photo, save
+from util.config import load_config
+from util.lists import check_listed
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
@@ -249,7 +253,7 @@ def test_a_path_is_hidden_where_a_part_of_it_is(path, hidden):
 def test_the_quick_check_keeps_few_results_and_tells_of_its_progress(monkeypatch, tmp_path):
     """A result that was asked for takes memory until it is read."""
     begun = itertools.count(1)
-    monkeypatch.setattr(check, "_check_sample", lambda *_: (next(begun), (set(), None))[1])
+    monkeypatch.setattr(check, "_check_sample", lambda *_: (next(begun), (set(), None, False))[1])
     totals = []
 
     def progress(checked, total):
@@ -260,3 +264,14 @@ def test_the_quick_check_keeps_few_results_and_tells_of_its_progress(monkeypatch
 
     check_samples([Sample(f"{i}.png", None) for i in range(5000)], tmp_path, 3, progress=progress)
     assert totals == [5000] and next(begun) == 5002
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_note_tells_once_that_images_of_16_bits_lose_their_lower_ones(data, checked):
+    cfg = load_config(data.config, {"check_data": checked})
+    samples = read_list(data.labeled)
+    assert check_listed(cfg, [samples, samples]) == []
+    (data.root / "images/deep.png").write_bytes(deep_png(np.full((32, 40, 3), 300)))
+    deep = [sample._replace(image="images/deep.png") for sample in samples]
+    (note,) = check_listed(cfg, [samples, deep, [], deep])
+    assert note.startswith("note: images of 16 bits per channel, such as ") and "deep.png: the upper 8 are us" in note

@@ -120,6 +120,17 @@ def test_a_report_has_statistics_and_both_panels(data, partner, strong_views):
     assert np.array_equal(np.asarray(again.told["views/train", 7]), np.asarray(sheet))
 
 
+def test_the_ignore_mask_has_a_picture_of_its_own(data, monkeypatch):
+    shown = []
+    monkeypatch.setattr("util.train.monitor.panel", lambda rows, titles: shown.append((rows, titles)))
+    run = make_run(data)
+    make_monitor(run, data).report(model := Brightness(), model, 0)
+    rows, titles = shown[0]
+    assert titles[-2:] == ["ignore mask", "truth"] and all(len(row) == len(titles) for row in rows)
+    (batch, *_) = [views for views in make_monitor(run, data)._load() if views.labels is None]
+    assert np.array_equal(np.asarray(rows[0][-2])[..., 0], batch.on(run.device).ignore_mask[0].numpy())
+
+
 def test_the_supervised_baseline_shows_no_strong_views(data):
     run = make_run(data, unlabeled=False)
     make_monitor(run, data).report(model := Brightness(), model, 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +19,13 @@ from PIL import Image
 from dataset.transform import normalize
 from model import build_model
 from scripts import predict as predict_script
+from tests.faults import deep_png
 from tests.helpers import PROJECT_ROOT, make_dataset
 from util.config import load_config
+from util.errors import ConfigError
 from util.palette import OKABE_ITO, colorblind_palette, perceived
 from util.prediction import Options, Predictor
-from util.tiles import tile_spans
+from util.tiles import predict_bands, tile_spans
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +96,14 @@ def test_unsure_pixels_are_ignored_and_the_output_is_a_label_folder(trained, tmp
     assert [path.name for path in (tmp_path / "sure").rglob("*")] == ["val0.png"]
 
 
+def _of_four_classes(image):
+    return image.new_zeros(len(image), 4, *image.shape[2:])
+
+
 @pytest.mark.parametrize(("threshold", "expected"), [(0.25, 0), (0.26, 255)])
 def test_a_pixel_as_sure_as_the_threshold_counts(threshold, expected):
-    def of_four_classes(image):
-        return image.new_zeros(len(image), 4, *image.shape[2:])
-
     options = Options("original", 33, ((0, 0, 0),) * 4, min_confidence=threshold)
-    predictor = Predictor(of_four_classes, torch.device("cpu"), options, {})
+    predictor = Predictor(_of_four_classes, torch.device("cpu"), options, {})
     assert (predictor._forward(np.zeros((5, 6, 3), np.uint8))["index"] == expected).all()
 
 
@@ -150,6 +155,61 @@ def test_an_image_that_was_changed_in_place_is_predicted_anew_even_where_its_siz
     assert predictor.fingerprint(path) != before
 
 
+def test_what_is_kept_for_the_pages_keeps_no_band_in_memory(tmp_path, monkeypatch):
+    bands = []
+
+    def watched(*how):
+        for band in predict_bands(*how):
+            assert all(earlier() is None for earlier in bands)
+            bands.append(weakref.ref(band["index"]))
+            yield band
+
+    monkeypatch.setattr("util.prediction.predict_bands", watched)
+    Image.new("RGB", (40, 200)).save(tmp_path / "a.png")
+    options = Options("original", 33, ((0, 0, 0),) * 4, tile=32, overlap=0, tile_above=1000)
+    predictor = Predictor(_of_four_classes, torch.device("cpu"), options, {})
+    preview = predictor.write(tmp_path / "a.png", {"index": tmp_path / "out.png"})
+    assert len(bands) == 7 and preview.index.shape == (200, 40)
+
+
+def test_two_images_of_one_name_are_never_predicted_into_one_file(trained, tmp_path):
+    for folder, name in (("a", "val0"), ("b", "val1")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(trained.images / f"{name}.jpg", tmp_path / folder / "photo.jpg")
+    _run(trained, tmp_path / "a", "--out", tmp_path / "out")
+    before = (tmp_path / "out/photo.png").read_bytes()
+    with pytest.raises(ConfigError, match=r"photo\.png: was not made from .*b/photo\.jpg, .*another --out.*--keep-suf"):
+        _run(trained, tmp_path / "b", "--out", tmp_path / "out")
+    assert (tmp_path / "out/photo.png").read_bytes() == before
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    _run(trained, tmp_path / "link/photo.jpg", "--out", tmp_path / "out", "--flip")
+
+
+def test_pages_and_predictions_are_not_written_into_one_file(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    inputs = (trained.images / "val0.jpg", "--out", tmp_path / "out")
+    for pages in (
+        ("--panel", tmp_path / "out/../out/val0.png"),
+        ("--contact-sheet", tmp_path / "a.png", "--panel", tmp_path / "a.png"),
+    ):
+        with pytest.raises(ConfigError, match="also a prediction or the other page"):
+            _run(trained, *inputs, *pages)
+    _run(trained, *inputs, "--contact-sheet")
+    assert (tmp_path / "out/contact-sheet.png").exists()
+    with pytest.raises(ConfigError, match="also a prediction"):
+        _run(trained, trained.images / "val1.jpg", "--out", tmp_path / "out", "--panel", tmp_path / "out/val0.png")
+    shutil.copy(trained.images / "val0.jpg", tmp_path / "contact-sheet.jpg")
+    with pytest.raises(ConfigError, match="was not made from"):
+        _run(trained, tmp_path / "contact-sheet.jpg", "--out", tmp_path / "out")
+
+
+def test_images_of_16_bits_are_told_of_once(trained, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(deep_png(np.full((8, 9, 3), 300)))
+    _run(trained, tmp_path, "--out", tmp_path / "out")
+    assert capsys.readouterr().out.count("a.png: the upper 8 are used (value_range") == 1
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_and_continued_leaves_the_same_files(trained, tmp_path):
     folder = tmp_path / "photos"
@@ -197,7 +257,7 @@ def test_pages_show_what_was_predicted(trained, tmp_path):
     [
         (["--contact-sheet", "page.gif"], r"--contact-sheet page\.gif: the suffix must be one of"),
         (["--min-confidence", "95"], "--min-confidence 95.0: must be from 0 to 1"),
-        (["--tile", "64", "--overlap", "64"], "--overlap 64: must be from 0 to --tile - 1 = 63"),
+        (["--tile", "64", "--overlap", "33"], "--overlap 33: must be from 0 to half of --tile: 32"),
         (["--scales", "0"], "--scales 0: must be from"),
         (["--scales", "1", "1"], "one is there twice"),
         (["--panel-rows", "0"], "--panel-rows 0: must be at least 1"),
@@ -239,3 +299,13 @@ def test_colours_for_all_kinds_of_vision_are_apart(count):
     nearest = distances[~np.eye(count, dtype=bool)].min()
     # CIELAB: 2.3 is just noticed. Random colours are 0.2 apart at 81, and Pascal VOC's palette 1.3 at 21.
     assert nearest > {2: 30, 8: 9, 21: 9, 81: 4, 255: 1.5}[count]
+
+
+def test_an_image_whose_place_rasterio_cannot_read_is_skipped(trained, tmp_path, capsys):
+    pytest.importorskip("rasterio")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", "ICO", sizes=[(32, 32)])
+    shutil.copy(trained.images / "val0.jpg", tmp_path / "b.jpg")
+    _run(trained, tmp_path / "a.png", tmp_path / "b.jpg", "--out", tmp_path / "out", "--geotiff")
+    told = capsys.readouterr()
+    assert "1 unreadable images were skipped" in told.out and "a.png: --geotiff: rasterio cannot read" in told.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.tif"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import numpy as np
@@ -10,8 +11,8 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.files import limit_image_pixels, read_image
-from dataset.windows import image_size, open_rows
-from tests.faults import deep_png
+from dataset.windows import _chunks, open_rows, read_header
+from tests.faults import deep_png, grey_png
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_rows_of_a_png_are_those_of_the_image(picture, tmp_path, mode):
 
 def test_a_png_of_16_bits_is_decoded_whole(picture, tmp_path):
     (tmp_path / "a.png").write_bytes(deep_png(np.asarray(picture).astype(np.uint16) * 257))
+    assert read_header(tmp_path / "a.png") == (203, 150, True)
     _check(tmp_path / "a.png", in_windows=False)
 
 
@@ -70,6 +72,56 @@ def test_rows_of_a_striped_tiff_are_those_of_the_image(picture, tmp_path, compre
     image = picture.quantize(200) if mode == "P" else picture.convert(mode)
     image.save(tmp_path / "a.tif", compression=compression, tiffinfo={278: 16})
     _check(tmp_path / "a.tif", in_windows=True)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_an_uncompressed_tiff_of_one_strip_as_pillow_writes_it_is_read_row_by_row(picture, tmp_path, mode):
+    image = picture.quantize(200) if mode == "P" else picture.convert(mode)
+    image.save(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert len(opened.tag_v2[273]) == 1
+    _check(tmp_path / "a.tif", in_windows=True)
+
+
+def test_a_tiff_that_does_not_say_how_long_its_strips_are_is_decoded_whole(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.windows.find_rasterio", lambda: None)
+    picture.save(tmp_path / "a.tif", tiffinfo={278: 16})
+    data = (tmp_path / "a.tif").read_bytes()
+    assert data.count(b"\x17\x01\x04\x00") == 1
+    (tmp_path / "a.tif").write_bytes(data.replace(b"\x17\x01\x04\x00", b"\x17\xf1\x04\x00"))
+    _check(tmp_path / "a.tif", in_windows=False)
+
+
+def test_whatever_opening_for_rows_raises_names_the_image(picture, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def broken(path, *_):
+        raise KeyError(279)
+        yield
+
+    monkeypatch.setattr("dataset.windows._png_blocks", broken)
+    picture.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: unreadable image"), open_rows(tmp_path / "a.png"):
+        pass
+
+
+def test_a_compressed_tiff_of_one_strip_beyond_the_limit_is_refused_with_the_ways_out(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.windows.find_rasterio", lambda: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    picture.save(tmp_path / "a.tif", compression="tiff_lzw", tiffinfo={278: 150})
+    with (
+        pytest.raises(DataError, match=r"30450 pixels, max_image_pixels.*in tiles of a TIFF, or install rasterio"),
+        open_rows(tmp_path / "a.tif"),
+    ):
+        pass
+
+
+def test_the_data_of_a_png_come_in_pieces_though_they_are_one_chunk(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.windows.PIECE", 1000)
+    (tmp_path / "a.png").write_bytes(grey_png(np.asarray(picture.convert("L")), 8))
+    with open(tmp_path / "a.png", "rb") as file:
+        sizes = [len(data) for kind, data in _chunks(file) if kind == b"IDAT"]
+    assert len(sizes) > 5 and max(sizes) == 1000
+    _check(tmp_path / "a.png", in_windows=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("rasterio") is None, reason="needs rasterio")
@@ -84,9 +136,30 @@ def test_rows_of_a_tiled_tiff_are_those_of_the_image(picture, tmp_path, options)
     _check(tmp_path / "a.tif", in_windows=True)
 
 
+@pytest.mark.parametrize("options", [{"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_a_compressed_tiff_of_one_strip_is_read_row_by_row_by_rasterio(picture, tmp_path, mode, options):
+    """Modes of which GDAL gives other values are decoded whole."""
+    pytest.importorskip("rasterio")
+    image = picture.quantize(200) if mode == "P" else picture.convert(mode)
+    image.save(tmp_path / "a.tif", tiffinfo={278: 150}, **options)
+    _check(tmp_path / "a.tif", in_windows=mode not in ("1", "CMYK"))
+
+
+def test_a_jpeg_is_read_row_by_row_by_rasterio(picture, tmp_path):
+    pytest.importorskip("rasterio")
+    for mode in ("RGB", "L"):
+        picture.convert(mode).save(tmp_path / "a.jpg", subsampling=0)
+        top, bottom, whole = _in_windows(tmp_path / "a.jpg")
+        expected = np.asarray(read_image(tmp_path / "a.jpg")).astype(int)
+        assert not whole and abs(top - expected[:91]).max() < 8 and abs(bottom - expected[100:]).max() < 8
+    picture.convert("CMYK").save(tmp_path / "a.jpg")
+    _check(tmp_path / "a.jpg", in_windows=False)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "bmp", "webp", "gif", "ppm"])
 def test_other_kinds_are_decoded_whole_and_say_so(picture, tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr("dataset.windows._rasterio", lambda: None)
+    monkeypatch.setattr("dataset.windows.find_rasterio", lambda: None)
     picture.save(tmp_path / f"a.{suffix}")
     _check(tmp_path / f"a.{suffix}", in_windows=False)
 
@@ -132,7 +205,7 @@ def test_the_limit_of_pixels_is_for_images_that_are_decoded_whole(picture, tmp_p
         for suffix in ("png", "bmp"):
             picture.save(tmp_path / f"a.{suffix}")
             limit_image_pixels(10_000)
-            assert image_size(tmp_path / f"a.{suffix}") == (203, 150)
+            assert read_header(tmp_path / f"a.{suffix}") == (203, 150, False)
             if suffix == "png":
                 with open_rows(tmp_path / "a.png") as rows:
                     assert rows.window(0, 150).shape == (150, 203, 3)

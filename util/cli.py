@@ -96,9 +96,6 @@ def _run_main(main: Callable[[], None]) -> None:
         message, status = error_line(error), EXIT_USER_ERROR
     except TrainingStopped as error:
         message, status = str(error), EXIT_STOPPED
-    except torch.cuda.OutOfMemoryError as error:
-        hint = "lower batch_size or crop_size, or use more processes"
-        message, status = f"out of GPU memory: {hint} ({str(error).splitlines()[0]})", EXIT_STOPPED
     except Interrupted as error:
         message, status, silent = str(error), EXIT_SIGNAL + error.number, rank > 0
     except KeyboardInterrupt:
@@ -106,10 +103,14 @@ def _run_main(main: Callable[[], None]) -> None:
     except Silenced as error:
         message, status, silent = str(error), EXIT_CONSEQUENCE, True
     except Exception as error:
-        if not torch.distributed.is_initialized():
+        if where := _out_of_memory(error):
+            hint = "lower batch_size or crop_size, or use more processes; predict: lower --tile and --tile-above"
+            message, status = f"out of {where}: {hint} ({str(error).splitlines()[0]})", EXIT_STOPPED
+        elif torch.distributed.is_initialized():
+            traceback.print_exc()
+            message, status = f"{type(error).__name__}: {error_line(error)}", EXIT_CONSEQUENCE
+        else:
             raise
-        traceback.print_exc()
-        message, status = f"{type(error).__name__}: {error_line(error)}", EXIT_CONSEQUENCE
     grouped = torch.distributed.is_initialized()
     if rank > 0 and not silent:
         # Before the processes have met, errors occur on every process alike, and the launcher ends all when the first
@@ -123,6 +124,14 @@ def _run_main(main: Callable[[], None]) -> None:
     _end_loading_processes()
     # Not sys.exit: other processes may be gone, and waiting for them at the interpreter's end could take forever.
     os._exit(status) if grouped else sys.exit(status)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Which memory an error is about the lack of; empty for others."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "GPU memory"
+    # Of PyTorch on a CPU it is a RuntimeError like any other; of NumPy and Python a MemoryError.
+    return "memory" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""
 
 
 def _end_loading_processes() -> None:

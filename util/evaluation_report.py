@@ -44,18 +44,26 @@ class Report:
     """What is known after an evaluation, and its files."""
 
     def __init__(
-        self, trained: Trained, samples: Sequence[Sample], view: View, result: Result, analysis: Analysis
+        self,
+        trained: Trained,
+        samples: Sequence[Sample],
+        view: View,
+        result: Result,
+        analysis: Analysis,
+        palette: Sequence[tuple[int, int, int]],
     ) -> None:
+        self.palette = full_palette(palette)
         self.trained, self.samples, self.view, self.result, self.analysis = trained, samples, view, result, analysis
         confusion = result.confusion.double()
         self.accuracy = 100 * confusion.diagonal() / confusion.sum(dim=1)  # NaN without a pixel in the labels
         self.pixel_accuracy = float(100 * confusion.diagonal().sum() / confusion.sum())
 
     def metrics(self) -> dict[str, Any]:
-        """Everything as plain values, percentages from 0 to 100, None for what is not defined."""
+        """Everything as plain values, percentages from 0 to 100 but for `ece`, None for what is not defined."""
         cfg, checkpoint, result = self.trained.cfg, self.trained.checkpoint, self.result
         calibration = self.analysis.calibration
         epoch = checkpoint.get("epoch") if isinstance(checkpoint, dict) else None
+        sha256 = self.trained.sha256()
         return _plain(
             {
                 "tool": MARK,
@@ -65,6 +73,7 @@ class Report:
                 "boundary_mIoU": mean_iou(self.analysis.boundary_iou),
                 "boundary_distance": f"{BOUNDARY_SHARE} of the image's diagonal",
                 "expected_calibration_error": 100 * calibration.ece,
+                "ece": calibration.ece,  # the same from 0 to 1, as papers give it
                 "confident": {"conf_thresh": cfg.conf_thresh}
                 | {key: 100 * value for key, value in self.analysis.confident.items()},
                 "classes": [dict(zip(TABLE_HEADER.split(","), row, strict=True)) for row in self._table()],
@@ -77,10 +86,11 @@ class Report:
                 "view": self.view._asdict(),
                 "checkpoint": {
                     "path": str(self.trained.path),
-                    "sha256": self.trained.sha256(),
+                    "sha256": sha256,
                     "weights": self.trained.weights,
                     "epoch": epoch if isinstance(epoch, int) else None,
                 },
+                "checkpoint_sha256": sha256,
                 "config": to_dict(cfg),
             }
         )
@@ -143,11 +153,13 @@ class Report:
         }
         if worst:
             pictures["worst.png"] = self._worst_page(worst)
+        else:  # an earlier one would be of another evaluation; `check_targets` has seen that it is a tool's own
+            (folder / "worst.png").unlink(missing_ok=True)
         for name, picture in pictures.items():
             save_picture(picture, folder / name)
 
     def _worst_page(self, worst: Sequence[Any]) -> Any:
-        palette, cells, present = full_palette(self.trained.cfg.palette), [], set()
+        palette, cells, present = self.palette, [], set()
         for number, miou, (image, label, classes) in worst:
             present |= set(np.unique(classes[label != IGNORE_INDEX])) | set(np.unique(label)) - {IGNORE_INDEX}
             pictures = (

@@ -128,8 +128,10 @@ def load(suffix: str, file: Path) -> Callable[[Tensor], Tensor]:
 
 def check(
     model: nn.Module, exported: Callable[[Tensor], Tensor], crop_size: int, channels: int = 3
-) -> list[tuple[Sequence[int], float]]:
-    """The largest difference of the logits of `exported` from those of `model` on noise, for each of three shapes.
+) -> list[tuple[Sequence[int], float, float]]:
+    """How far the logits of `exported` are from those of `model` on noise at most, for each of three shapes.
+
+    Absolutely, and as a share of the largest logit.
 
     Raises ConfigError where one is more than TOLERANCE, times the largest logit where that is more than 1: float32
     holds seven digits.
@@ -147,13 +149,13 @@ def check(
                 expected, found = model(image), exported(image)
         except Exception as error:
             raise ConfigError(f"the exported model fails on {height} x {width} pixels: {one_line(error)}") from None
-        difference = float((expected - found).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
+        if not difference <= TOLERANCE * max(1.0, largest):
             raise ConfigError(
                 f"the exported model's logits differ by {difference:.2g} on {height} x {width} pixels, more than "
                 f"{TOLERANCE:g}: nothing is written"
             )
-        results.append((image.shape, difference))
+        results.append((image.shape, difference, difference / largest if largest else 0.0))
     return results
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dataset.cache import ImageCache
 from dataset.check import check_samples
+from dataset.errors import DataError
+from dataset.files import gives_upper_bits, open_image, upper_bits_notes
 from dataset.lists import Progress, find_unlabeled, is_hidden, list_digest, no_progress, read_list, shared_images
 from dataset.samples import Sample, Samples
 from dataset.source import DataSource
@@ -71,10 +74,21 @@ def data_source(cfg: Config, cache: ImageCache | None = None) -> DataSource:
     return DataSource(resolve_path(cfg.data_root), cfg.label_map, cache, cfg.color_values, cfg.bands)
 
 
-def check_listed(cfg: Config, samples: Sequence[Sample], progress: Progress = no_progress) -> None:
-    """Check every file of a list, read as the config says. Raises DataError."""
+def check_listed(cfg: Config, lists: Iterable[Sequence[Sample]], progress: Progress = no_progress) -> list[str]:
+    """Check every file of the lists, read as the config says; with `check_data: false` one image of each is opened.
+
+    Returns notes for the user. Raises DataError.
+    """
+    root, deep = resolve_path(cfg.data_root), []
     reading = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "bands": cfg.bands}
-    check_samples(samples, resolve_path(cfg.data_root), cfg.nclass, progress=progress, **reading)
+    for samples in lists:
+        if cfg.check_data:
+            deep.append(check_samples(samples, root, cfg.nclass, progress=progress, **reading))
+        elif samples and cfg.bands is None:
+            path = root / samples[0].image
+            with contextlib.suppress(DataError), open_image(path) as image:
+                deep.append(path if gives_upper_bits(image) else None)
+    return upper_bits_notes(deep)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:

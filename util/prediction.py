@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import nn
 
 from dataset.bands import Bands, bands_size
 from dataset.files import IGNORE_INDEX
+from dataset.raster import ROWS
 from dataset.transform import IMAGENET, Normalization, normalize, to_tensor
-from dataset.windows import Rows, image_size, open_rows
+from dataset.windows import Rows, open_rows, read_header
 from util.evaluate import class_scores
 from util.outputs import read_mark, replacing, writing
 from util.streams import GeoTiffStream, NpzStream, PngStream
@@ -66,12 +68,16 @@ class Predictor:
         self._palette = full_palette(options.palette)
         self.tiled: list[Path] = []
         self.whole: dict[Path, str] = {}  # large pictures that had to be decoded whole, and why
+        self.upper_bits: list[Path] = []  # of 16 bits per channel, of which the upper 8 were used
 
     def fingerprint(self, path: Path) -> str:
-        """Of all that a prediction of this picture depends on; of the picture itself, its size and time of change."""
+        """Of all that a prediction of this picture depends on; of the picture itself, its size and time of change.
+
+        After a space, which picture it is: see `source_id`.
+        """
         status = path.stat()
         text = f"{self._made_by} {status.st_size} {status.st_mtime_ns}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {source_id(path)}"
 
     def is_done(self, path: Path, targets: Mapping[str, Path]) -> bool:
         """Whether all that is to be written of this picture is there, made by this model with these options."""
@@ -81,7 +87,7 @@ class Predictor:
     def write(self, path: Path, targets: Mapping[str, Path]) -> Preview:
         """Predict the picture at `path`, and write each kind to its target. Raises DataError and ConfigError."""
         options = self.options
-        width, height = bands_size(path, options.bands) if options.bands else image_size(path)
+        width, height, *upper_bits = bands_size(path, options.bands) if options.bands else read_header(path)
         small = width * height <= options.tile_above
         with open_rows(path, options.upright, small, options.bands) as rows, contextlib.ExitStack() as stack:
             if not small:
@@ -92,18 +98,33 @@ class Predictor:
             step = -(-max(width, height) // PREVIEW)
             previews, top, streams = [], 0, None
             for band in predict_bands(rows, tile, 0 if small else options.overlap, self._forward):
-                if options.bands:
-                    band["image"] = band["image"][..., list(options.bands.rgb)]
                 if streams is None:  # only now: nothing is left behind of a picture that cannot be read at all
                     streams = self._open(stack, targets, rows, path)
-                for kind, stream in streams.items():
-                    stream.write(self._encoded(kind, band))
-                first = -top % step
-                previews.append((band["image"][first::step, ::step], band["index"][first::step, ::step]))
-                top += len(band["index"])
+                previews.append(self._put(band, streams, -top % step, step))
+                top += len(band.pop("index"))
+                band.clear()  # not to be kept beside the next one
             for stream in streams.values():
                 stream.close()
+        if any(upper_bits):
+            self.upper_bits.append(path)
         return Preview(*map(np.concatenate, zip(*previews, strict=True)))
+
+    def _put(
+        self, band: Mapping[str, np.ndarray], streams: Mapping[str, Any], first: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Write a band, few rows at a time; returns every n-th pixel of image and index, `first` being the first row.
+
+        They are copies, as a view of each band would keep the whole picture in memory.
+        """
+        image, index = band["image"], band["index"]
+        if self.options.bands:
+            image = image[..., list(self.options.bands.rgb)]
+        for start in range(0, len(index), ROWS):
+            part = slice(start, start + ROWS)
+            for kind, stream in streams.items():
+                picture = overlay(image[part], index[part], self._palette) if kind == "overlay" else band[kind][part]
+                stream.write(picture)
+        return image[first::step, ::step].copy(), index[first::step, ::step].copy()
 
     def _open(self, stack: contextlib.ExitStack, targets: Mapping[str, Path], rows: Rows, path: Path) -> dict[str, Any]:
         fingerprint, streams = self.fingerprint(path), {}
@@ -139,14 +160,16 @@ class Predictor:
                 found["probabilities"] = probabilities[0].permute(1, 2, 0).half().cpu().numpy()
         return found | {"index": index[0].byte().cpu().numpy()}
 
-    def _encoded(self, kind: str, band: Mapping[str, np.ndarray]) -> np.ndarray:
-        return overlay(band["image"], band["index"], self._palette) if kind == "overlay" else band[kind]
-
 
 def overlay(image: np.ndarray, index: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """The image with its classes' colours over it, half and half; ignored pixels stay as they are. uint8 (H, W, 3)."""
     mixed = ((image.astype(np.uint16) + palette[index] + 1) // 2).astype(np.uint8)
     return np.where((index == IGNORE_INDEX)[..., None], image, mixed)
+
+
+def source_id(path: Path) -> str:
+    """Which file a picture is of, by whatever links it is reached: two are never predicted into one file."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
 
 
 def targets_of(place: Path, output: Path, kinds: Sequence[str], keep_suffix: bool, geotiff: bool) -> dict[str, Path]:

@@ -186,8 +186,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         if processes.is_main:
             _check_inputs(cfg, args, save_path, fresh=found.path is None)
             notes += _check_start(cfg, found)
-            if cfg.check_data:
-                notes += _check_data(cfg, lists)
+            notes += _check_data(cfg, lists)
             if args.resume == "never" and (aside := set_aside(save_path)):
                 notes.append(f"earlier results were moved to {aside}")
             tidy(save_path, found.damaged)
@@ -252,11 +251,11 @@ def _check_start(cfg: Config, found: Found) -> list[str]:
     return []
 
 
-def _check_data(cfg: Config, lists: Lists) -> Iterator[str]:
-    """Check every listed file. Raises DataError; returns warnings for the log."""
-    for samples in (lists.labeled, lists.unlabeled or [], lists.val):
-        check_listed(cfg, samples, partial(show_progress, "checking data", "samples"))
-    return describe_doubts(lists, resolve_path(cfg.data_root))
+def _check_data(cfg: Config, lists: Lists) -> list[str]:
+    """Check every listed file, if the config says so. Raises DataError; returns notes and warnings for the log."""
+    listed = (lists.labeled, lists.unlabeled or [], lists.val)
+    notes = check_listed(cfg, listed, partial(show_progress, "checking data", "samples"))
+    return [*notes, *(describe_doubts(lists, resolve_path(cfg.data_root)) if cfg.check_data else ())]
 
 
 def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zipfile
 import zlib
@@ -11,7 +12,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dataset.errors import DataError
+from dataset.raster import find_rasterio, open_raster
 from dataset.windows import SIGNATURE, chunk
+from util.errors import one_line
 from util.outputs import FINGERPRINT, MARK, comment
 
 COLOUR_TYPES = {"L": 0, "RGB": 2, "P": 3}  # of PNG
@@ -79,22 +83,34 @@ class NpzStream:
 
 
 class GeoTiffStream:
-    """A tiled, compressed GeoTIFF of classes with the palette, placed on the earth as the image at `source` is."""
+    """A tiled, compressed GeoTIFF of classes with the palette, placed on the earth as the image at `source` is.
+
+    Raises DataError for a source that rasterio cannot read.
+    """
 
     def __init__(self, path: Path, source: Path, palette: np.ndarray, fingerprint: str) -> None:
-        import rasterio
-
-        with rasterio.open(source) as image:
-            profile = {"width": image.width, "height": image.height, "crs": image.crs, "transform": image.transform}
-        profile |= {"driver": "GTiff", "count": 1, "dtype": "uint8", "compress": "deflate", "tiled": True}
-        self._window, self._row, self._width = rasterio.windows.Window, 0, profile["width"]
-        self._image = rasterio.open(path, "w", **profile, nodata=255, BIGTIFF="IF_SAFER")
+        try:
+            with open_raster(source) as image:
+                profile = {"width": image.width, "height": image.height, "crs": image.crs, "transform": image.transform}
+        except Exception as error:
+            message = f"{source}: --geotiff: rasterio cannot read where it lies: {one_line(error)}"
+            raise DataError(message, "images that rasterio cannot read") from None
+        profile |= {
+            "driver": "GTiff",
+            "count": 1,
+            "dtype": "uint8",
+            "compress": "deflate",
+            "tiled": True,
+            "nodata": 255,
+        }
+        self._row, self._width, self._open = 0, profile["width"], contextlib.ExitStack()
+        self._image = self._open.enter_context(open_raster(path, "w", **profile, BIGTIFF="IF_SAFER"))
         self._image.write_colormap(1, {index: (*map(int, colour), 255) for index, colour in enumerate(palette)})
         self._image.update_tags(TIFFTAG_SOFTWARE=MARK, TIFFTAG_IMAGEDESCRIPTION=f"{FINGERPRINT} {fingerprint}")
 
     def write(self, rows: np.ndarray) -> None:
-        self._image.write(rows, 1, window=self._window(0, self._row, self._width, len(rows)))
+        self._image.write(rows, 1, window=find_rasterio().windows.Window(0, self._row, self._width, len(rows)))
         self._row += len(rows)
 
     def close(self) -> None:
-        self._image.close()
+        self._open.close()

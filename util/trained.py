@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from model import build_model, choose_network, load_checkpoint_state, read_check
 from util.cli import add_common_arguments
 from util.config import Config, config_from, load_config, resolve_path
 from util.errors import ConfigError
+from util.palette import colorblind_palette
 from util.precision import evaluation_copy, set_precision
 
 # Keys with another value than in training make other logits out of the same weights, if the weights fit at all.
@@ -105,6 +106,21 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         help="see each image at these scales, such as 0.5 1.0 1.5, and average the probabilities",
     )
     parser.add_argument("--flip", action="store_true", help="see each image mirrored too")
+
+
+def add_colors_argument(parser: argparse.ArgumentParser) -> None:
+    """Argument of the tools that draw classes; see `chosen_palette`."""
+    parser.add_argument(
+        "--colors",
+        choices=("dataset", "colorblind"),
+        default="dataset",
+        help="the data set's palette, or colours that people with any colour vision can tell apart",
+    )
+
+
+def chosen_palette(args: argparse.Namespace, cfg: Config) -> Sequence[tuple[int, int, int]]:
+    """The colour of each class, as `--colors` says."""
+    return cfg.palette if args.colors == "dataset" else colorblind_palette(cfg.nclass)
 
 
 def check_view_arguments(args: argparse.Namespace) -> None:

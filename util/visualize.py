@@ -33,7 +33,7 @@ def full_palette(palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
 def panel(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = ()) -> Image.Image:
     """Pictures in rows and columns on white, each column as wide and each row as high as its largest picture.
 
-    `titles` head the columns, if there are any.
+    `titles` head the columns, if there are any. By Pillow, as training draws panels and does not need matplotlib.
     """
     font, top = ImageFont.load_default(), TITLE if titles else 0
     lengths = [math.ceil(font.getlength(title)) for title in titles] or [0] * len(rows[0])

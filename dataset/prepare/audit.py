@@ -33,6 +33,7 @@ from dataset.errors import DataError
 from dataset.files import (
     IGNORE_INDEX,
     LabelColors,
+    gives_upper_bits,
     image_pixel_limit,
     limit_image_pixels,
     open_image,
@@ -224,7 +225,7 @@ def _error(fault: DataError) -> Finding:
 
 def _traits(image: Image.Image) -> list[tuple[str, str, str]]:
     """(level, kind, detail) of each way in which an open image is not plain 8-bit RGB; decodes it as training does."""
-    deep = any(";16" in str(tile[3]) for tile in image.tile)  # the decoder's arguments, such as RGB;16B
+    deep = gives_upper_bits(image)
     tagged = orientation(image) if image.format == "TIFF" else 1
     image.load()
     image.convert("RGB")

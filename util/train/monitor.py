@@ -118,7 +118,7 @@ class Monitor:
             for index in range(min(len(label), PANEL_ROWS - len(kind))):
                 kind.append(self._row(u, index, label[index], conf[index], None if truth is None else truth[index]))
         titles = ["weak view", *(f"strong view {number}" for number, _ in enumerate(self._strong(u), 1))]
-        titles += ["pseudo-label", "confidence", f"counts: >= {cfg.conf_thresh:g}", "truth"]
+        titles += ["pseudo-label", "confidence", f"counts: >= {cfg.conf_thresh:g}", "ignore mask", "truth"]
         sheet = [*rows[False], *rows[True]]
         return counts.shares(cfg.classes), {"views/train": panel(sheet, titles)} if sheet else {}
 
@@ -131,7 +131,7 @@ class Monitor:
     def _row(
         self, u: UnlabeledViews, index: int, label: torch.Tensor, conf: torch.Tensor, truth: torch.Tensor | None
     ) -> list[Image.Image]:
-        """One image's pictures. In the last but one, white pixels count, grey ones are unsure, black ones padding."""
+        """One image's pictures. Of what counts, white pixels do, grey ones are unsure, black ones padding."""
         cfg = self._run.cfg
         pictures = [_photo(u.weak[index], cfg)]
         for view, box in self._strong(u):
@@ -143,7 +143,8 @@ class Monitor:
             pictures.append(picture)
         counts = torch.where(conf >= cfg.conf_thresh, 255, 128).masked_fill(u.ignore_mask[index] == IGNORE_INDEX, 0)
         pictures.append(colorize(label.byte().cpu().numpy(), cfg.palette))
-        pictures += [Image.fromarray(grey.byte().cpu().numpy()) for grey in ((255 * conf).round(), counts)]
+        greys = ((255 * conf).round(), counts, u.ignore_mask[index])
+        pictures += [Image.fromarray(grey.byte().cpu().numpy()) for grey in greys]
         pictures.append(
             Image.new("RGB", (1, 1), "white") if truth is None else colorize(truth.cpu().numpy(), cfg.palette)
         )
