@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.queues
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ SECONDS = 1800  # without a batch, after which the loading processes have failed
 CHECK = 30  # seconds between two looks at whether they live; torch looks after each time-out only
 WAY_OUT = (
     "lower workers or prefetch, give a container more shared memory by --shm-size, raise the limit on open files "
-    "(ulimit -n), or set workers: 0"
+    "(ulimit -n), set TMPDIR to a folder with a short path that can be written to, or set workers: 0"
 )
 
 
@@ -26,7 +29,7 @@ class HandingLoader(DataLoader):
     """A DataLoader that says in one line why its loading processes give no more batches. Raises DataError."""
 
     def __iter__(self) -> Iterator[Any]:
-        batches, waited = self._start(), 0.0
+        batches, waited, told = self._start(), 0.0, False
         while True:
             try:
                 batch = next(batches)
@@ -34,9 +37,13 @@ class HandingLoader(DataLoader):
                 return
             except DataError:
                 raise
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 if "DataLoader timed out" in str(error) and waited + self.timeout < SECONDS:
                     waited += self.timeout  # they all live; the next call goes on waiting for the same batch
+                    if not told:
+                        line = f"note: no batch came for {waited:g} s: still waiting for the loading processes"
+                        print(f"{line}, {SECONDS} s at most", file=sys.stderr, flush=True)
+                        told = True
                     continue
                 reason = handover_fault(error) if self.num_workers else None
                 if reason is None:
@@ -62,9 +69,27 @@ def check_handover(workers: int) -> None:
             raise _no_start(error) from None
 
 
-def _no_start(error: OSError) -> DataError:
+@contextlib.contextmanager
+def starting(name: str) -> Iterator[None]:
+    """Around the start of a tool's processes: what the system refuses is a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise _no_start(error, name, "--workers 1 needs none") from None
+
+
+def check_temporary_folder() -> None:
+    """Raise DataError where there is no folder for temporary files."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        raise DataError("no folder for temporary files can be written to: set TMPDIR to one that can") from None
+
+
+def _no_start(error: OSError, name: str = "loading processes", way_out: str = WAY_OUT) -> DataError:
+    """The fault of processes that the system refuses to start."""
     where = "" if os.access(SHARED_MEMORY, os.W_OK) else f"{SHARED_MEMORY} cannot be written to: "
-    return DataError(f"loading processes: they cannot be started: {where}{error.strerror or error}; {WAY_OUT}")
+    return DataError(f"{name}: they cannot be started: {where}{error.strerror or error}; {way_out}")
 
 
 def handover_fault(error: Exception) -> str | None:
@@ -78,11 +103,23 @@ def handover_fault(error: Exception) -> str | None:
         return "one could not hand its batch over, or was killed"
     if "DataLoader timed out" in text:
         return f"none gave a batch for {SECONDS} s"
-    if "Too many open files" in text:
+    if "Too many open files" in text or "items of ancillary data" in text:
         return "too many open files"
+    if "in DataLoader worker process" in text:  # an error of the data's own
+        return None
+    if isinstance(error, (ConnectionError, EOFError)):
+        return "one broke off while it handed its batch over; it may have been killed"
+    if isinstance(error, FileNotFoundError):
+        return "a socket of theirs in the folder for temporary files is gone"
     return None
 
 
 def give_up_where_nothing_can_be_handed_over() -> None:
     """In a loading process: end where a batch cannot be sent, for which the training process would wait for ever."""
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)
+
+
+def _give_up(error: Exception, _: Any) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    print(f"note: a loading process cannot hand its batch over: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)

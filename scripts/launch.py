@@ -167,7 +167,12 @@ def run(args):
             "--rdzv-conf=timeout=900",
         ]
     try:
-        with tempfile.TemporaryDirectory() as logs:  # its own would stay behind
+        temporary = tempfile.TemporaryDirectory()  # its own would stay behind
+    except OSError as error:
+        line = f"no folder for temporary files ({error.strerror or error}): set TMPDIR to one that can be written to"
+        raise LaunchError(line) from None
+    try:
+        with temporary as logs:
             options = [*meeting, f"--nnodes={nodes}", f"--nproc-per-node={processes}", f"--log-dir={logs}"]
             options.append(f"--max-restarts={args.max_restarts}")
             torchrun.main([*options, args.script, *args.arguments])

@@ -34,7 +34,8 @@ from dataset import DataError
 from dataset.atomic import remove_leftovers
 from dataset.catalog import CATALOG, RGB
 from dataset.check import check_samples
-from dataset.lists import Sample, read_list
+from dataset.handover import starting
+from dataset.lists import Sample, is_hidden, read_list
 from dataset.loader import default_workers
 from dataset.prepare.archives import Member, find_sources, members, new_file
 from dataset.prepare.downloads import RECIPES, CocoImage, Recipe, Rule, read_instances, require
@@ -46,6 +47,7 @@ from util.visualize import colorize
 LABEL_BYTES = 16 * 1024  # of a label that is made: on average it takes less
 BLOCK = 4096  # a file takes up whole blocks of the disk
 JOBS_AHEAD = 8  # read but not yet converted, for each process
+CONVERTERS = "converting processes"
 
 
 class Planned(NamedTuple):
@@ -69,8 +71,11 @@ class Job(NamedTuple):
 
 
 def read_lists(folder: Path) -> list[Sample]:
-    """The lines of all lists (.txt) in `folder` and the folders in it, each once. Raises DataError."""
-    lists = sorted(folder.rglob("*.txt"))
+    """The lines of all lists (.txt) in `folder` and the folders in it, each once, without hidden ones.
+
+    Raises DataError.
+    """
+    lists = sorted(path for path in folder.rglob("*.txt") if not is_hidden(path.relative_to(folder).as_posix()))
     if not lists:
         raise DataError(f"--splits {folder}: no list (.txt) in it")
     return list(dict.fromkeys(sample for path in lists for sample in read_list(path, labels=False)))
@@ -208,7 +213,8 @@ def run_all(jobs: Iterable[Job], pool: Executor | None, ahead: int) -> Iterator[
             if pool is None or not job.convert:
                 yield run(job)
                 continue
-            pending.add(pool.submit(run, job))
+            with starting(CONVERTERS):
+                pending.add(pool.submit(run, job))
             if len(pending) >= ahead:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -225,7 +231,8 @@ def make_files(
         remove_leftovers(folder)
     others = {name: item for name, item in plan.items() if name not in listed}
     last = {name: item for name, item in plan.items() if name in listed}
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker) if workers > 1 else None
+    with starting(CONVERTERS):
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker) if workers > 1 else None
     try:
         with tqdm(total=len(plan), desc="preparing", unit="file", disable=None) as bar:
             for part in (others, last):

@@ -1,5 +1,6 @@
 """scripts/check_data.py: every kind of fault, made for real, is found, told with its file, and counted."""
 
+import errno
 import io
 import os
 import re
@@ -482,6 +483,22 @@ def test_a_killed_process_is_one_error(data, check, monkeypatch):
     monkeypatch.setattr(inspection, "inspect_sample", die)
     with pytest.raises(DataError, match="a checking process was killed"):
         check(workers=2)
+
+
+def test_processes_that_cannot_be_started_and_a_missing_temporary_folder_are_one_error(data, check, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.ProcessPoolExecutor.__init__", refuse)
+        with pytest.raises(
+            DataError, match=r"^checking processes: they cannot be started: .*Read-only.*; --workers 1 n"
+        ):
+            check(workers=2)
+        assert check(workers=1)[0] == 0
+    monkeypatch.setattr("tempfile.gettempdir", refuse)
+    with pytest.raises(DataError, match=r"^no folder for temporary files can be written to: set TMPDIR to one"):
+        check()
 
 
 # --- class frequencies ------------------------------------------------------------------------------------------------

@@ -48,11 +48,12 @@ class SlowBatches(Dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method):
+def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method, capfd):
     context = multiprocessing.get_context(method)
     loader = LoaderOptions(1).build(Batches(Unsendable), collate_fn=same, multiprocessing_context=context)
     with pytest.raises(DataError, match=r"^loading processes: one could not hand its batch over.*; lower workers"):
         next(iter(loader))
+    assert "note: a loading process cannot hand its batch over: too many open files\n" in capfd.readouterr().err
 
 
 def test_a_dead_loading_process_is_noticed_without_the_signal_of_its_end(monkeypatch):
@@ -67,9 +68,11 @@ def test_a_dead_loading_process_is_noticed_without_the_signal_of_its_end(monkeyp
 
 
 @pytest.mark.slow
-def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeypatch):
+def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeypatch, capsys):
     monkeypatch.setattr("dataset.loader.CHECK", 1)
     assert list(LoaderOptions(1).build(SlowBatches(), collate_fn=same)) == [[0], [1]]
+    (line,) = capsys.readouterr().err.splitlines()  # once, though both batches were waited for
+    assert line == "note: no batch came for 1 s: still waiting for the loading processes, 1800 s at most"
     monkeypatch.setattr("dataset.handover.SECONDS", 2)
     with pytest.raises(DataError, match=r"none gave a batch for 2 s"):
         next(iter(LoaderOptions(1).build(SlowBatches(), collate_fn=same)))
@@ -84,12 +87,31 @@ def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeyp
         ("DataLoader worker (pid(s) 7) exited unexpectedly with exit code 1.", "hand its batch over"),
         ("DataLoader timed out after 1800 seconds", "none gave a batch"),
         ("Too many open files. Communication with the workers is no longer possible.", "open files"),
+        ("received 0 items of ancillary data", "open files"),
         ("shapes differ", None),
     ],
 )
 def test_each_way_of_failing_between_the_processes_is_named(text, fragment):
     found = handover_fault(RuntimeError(text))
     assert found is None if fragment is None else fragment in found
+
+
+@pytest.mark.parametrize(
+    ("error", "fragment"),
+    [
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "broke off"),
+        (EOFError(), "broke off"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "folder for temporary files is gone"),
+        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback ..."), None),
+    ],
+)
+def test_a_way_between_the_processes_that_breaks_off_is_one_line(monkeypatch, error, fragment):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", broken)
+    with pytest.raises(DataError if fragment else FileNotFoundError, match=fragment):
+        next(iter(LoaderOptions(1).build(Batches(_one), collate_fn=same)))
 
 
 def test_where_no_shared_memory_is_the_error_is_one_line_and_without_processes_none(monkeypatch):

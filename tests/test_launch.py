@@ -270,6 +270,16 @@ def test_a_launch_that_cannot_work_is_one_line_and_status_2(words, expected, cap
     assert expected in line
 
 
+def test_without_a_folder_for_temporary_files_a_launch_is_one_line(tmp_path):
+    script = write(tmp_path / "script.py", RECORD)
+    program = "import sys, tempfile; tempfile._candidate_tempdir_list = list\nimport scripts.launch as l\n"
+    program += "sys.exit(l.main(sys.argv[1:]))"
+    result = run(sys.executable, "-c", program, "--processes", 1, script)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no folder for temporary files (") and "set TMPDIR to one that can be writ" in line
+
+
 def test_a_taken_port_is_refused_with_the_way_out(capsys):
     server, port = listening_port()
     with server:

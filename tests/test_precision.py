@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -118,6 +120,18 @@ def test_compilation_is_of_the_call_alone(monkeypatch):
     model = _model(compile=True)
     assert compiled == [model]
     assert list(model.state_dict()) == list(_model().state_dict())
+
+
+def test_compilation_needs_no_account_for_its_cache(monkeypatch, tmp_path):
+    def unknown(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr("getpass.getuser", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _model(compile=True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/torchinductor_{os.getuid()}"
 
 
 def test_compilation_without_a_compiler_is_refused_in_one_line(monkeypatch):

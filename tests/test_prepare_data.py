@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -852,8 +853,9 @@ def test_a_fault_in_a_prepared_folder_is_named(pascal, tmp_path, capsys):
 
 def test_folders_are_searched_for_archives_and_read_in_order(tmp_path):
     folder = unpack(
-        tmp_path / "d", {"b/c.txt": b"1", "a.txt": b"22", "train2017.zip": b"", "other.zip": b"", ".b.png.1.tmp": b"3"}
-    )
+        tmp_path / "d", {"b/c.txt": b"1", "a.txt": b"22", "train2017.zip": b"", "other.zip": b"", ".b.png.1.tmp": b"3",
+                         "._train2017.zip": b"4", ".trash/d.txt": b"5", "__MACOSX/._a.txt": b"6"}
+    )  # fmt: skip
     assert find_sources(folder, ("train2017*",)) == [folder, folder / "train2017.zip"]
     assert [(m.path, m.size, m.read()) for m in members(folder) if m.size] == [
         ("a.txt", 2, b"22"),
@@ -865,3 +867,28 @@ def test_folders_are_searched_for_archives_and_read_in_order(tmp_path):
     os.symlink(folder, link)
     os.symlink("..", folder / "b/back")
     assert len(list(members(link))) == 4
+
+
+def test_hidden_files_of_archives_and_hidden_lists_are_left_out(tmp_path):
+    """As macOS adds them to archives, and an editor's copies to a folder of lists."""
+    names = ["VOC/a.jpg", "__MACOSX/VOC/._a.jpg", "VOC/._a.jpg", "VOC/.DS_Store"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped, tarfile.open(tmp_path / "a.tar", "w") as tarred:
+        for name in names:
+            zipped.writestr(name, b"1")
+            tarred.addfile(tarfile.TarInfo(name))
+    for source in ("a.zip", "a.tar"):
+        assert [member.path for member in members(tmp_path / source)] == ["VOC/a.jpg"]
+    unpack(tmp_path / "lists", {"a/all.txt": b"a.jpg\n", ".ipynb_checkpoints/all-checkpoint.txt": b"b.jpg\n"})
+    assert [sample.image for sample in prepare_data.read_lists(tmp_path / "lists")] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("place", ["locks", "processes"])
+def test_processes_that_the_system_refuses_are_one_line(pascal, tmp_path, capsys, monkeypatch, place):
+    def refuse(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    target = {"locks": "ProcessPoolExecutor.__init__", "processes": "ProcessPoolExecutor.submit"}[place]
+    monkeypatch.setattr(f"concurrent.futures.{target}", refuse)
+    line = complaint(capsys, "pascal", pascal, tmp_path / "root", pascal.archives(), workers=2)
+    assert line.startswith("converting processes: they cannot be started: ")
+    assert line.endswith("Resource temporarily unavailable; --workers 1 needs none")

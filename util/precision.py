@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import getpass
 import os
 import shutil
+import tempfile
 
 import torch
 from torch import nn
 
+from dataset.handover import check_temporary_folder
 from model import DeepLabV3Plus
 from util.config_schema import Config
 from util.errors import ConfigError
@@ -27,6 +30,8 @@ def check_precision(cfg: Config, device: torch.device, processes: int = 1) -> No
             f"cuda_graphs: true is for one process, and this run has {processes}, which wait for one another within a "
             "step: leave it out"
         )
+    if cfg.compile:
+        check_temporary_folder()
     if cfg.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         raise ConfigError(
             "compile: true needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found: install one, or use "
@@ -40,8 +45,17 @@ def set_precision(model: DeepLabV3Plus, cfg: Config) -> DeepLabV3Plus:
     if _channels_last(cfg, next(model.parameters()).device):
         model.to(memory_format=torch.channels_last)  # convolutions pass their weights' format on
     if cfg.compile:
+        _have_compiler_cache()
         model.compile()
     return model
+
+
+def _have_compiler_cache() -> None:
+    """The compiler names its cache after the user: where the account has no name, here after its number."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
 
 
 def build_scaler(cfg: Config, device: torch.device) -> torch.amp.GradScaler:

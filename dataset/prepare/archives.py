@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from dataset.atomic import replacing
 from dataset.errors import DataError
-from dataset.lists import walk
+from dataset.lists import is_hidden, walk
 
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz")
 _UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError)
@@ -46,11 +46,14 @@ def find_sources(path: Path, archives: Sequence[str]) -> list[Path]:
         inside = sorted(file for file in path.iterdir() if any(fnmatch.fnmatch(file.name, name) for name in archives))
     except OSError as error:
         raise _damaged(path, error) from None
-    return [path, *(file for file in inside if file.is_file() and file.suffix.lower() in _ARCHIVE_SUFFIXES)]
+    inside = [file for file in inside if not is_hidden(file.name) and file.is_file()]
+    return [path, *(file for file in inside if file.suffix.lower() in _ARCHIVE_SUFFIXES)]
 
 
 def members(source: Path) -> Iterator[Member]:
     """The files of a folder (links followed), of a tar (compressed or not) or of a zip; of another file, itself.
+
+    Hidden files and folders are left out.
 
     An archive comes in its own order, and no more than one member is held in memory. Raises DataError for a source that
     cannot be read to its end, and for an archive with a path that leads out of it, a link or a device.
@@ -74,10 +77,10 @@ def members(source: Path) -> Iterator[Member]:
 
 def _folder_members(folder: Path) -> Iterator[Member]:
     for directory, folders, names in walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
             path = Path(directory, name)
-            if not name.startswith(".") and path.is_file():  # hidden ones may be temporary files of `new_file`
+            if not is_hidden(name) and path.is_file():  # hidden ones may be temporary files of `new_file`
                 yield Member(path.relative_to(folder).as_posix(), path.stat().st_size, _guarded(path, path.read_bytes))
 
 
@@ -87,6 +90,8 @@ def _zip_members(source: Path) -> Iterator[Member]:
             if info.is_dir():
                 continue
             _check_member(source, info.filename, stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG))
+            if is_hidden(info.filename):
+                continue
             yield Member(info.filename, info.file_size, _guarded(source, lambda info=info: archive.read(info)))
 
 
@@ -96,6 +101,8 @@ def _tar_members(source: Path) -> Iterator[Member]:
             if info.isdir():
                 continue
             _check_member(source, info.name, info.isreg())
+            if is_hidden(info.name):
+                continue
             yield Member(info.name, info.size, _guarded(source, lambda info=info: archive.extractfile(info).read()))
         # tarfile takes a missing end, or a damaged header, for the end, which is marked by two blocks of zeros.
         marked = archive.fileobj.tell() - archive.offset == tarfile.BLOCKSIZE

@@ -40,6 +40,7 @@ from dataset.files import (
     orientation,
     read_label,
 )
+from dataset.handover import check_temporary_folder, starting
 from dataset.lists import Progress, Sample, is_hidden, location, no_progress, shared_images
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
@@ -124,6 +125,7 @@ def inspect_lists(
     """
     root = Path(data_root)
     check_root(root)
+    check_temporary_folder()
     lists = {"labelled": labeled, "unlabelled": unlabeled, "validation": val}
     samples = list(dict.fromkeys(sample for listed in lists.values() for sample in listed))
     with warnings.catch_warnings():
@@ -290,15 +292,15 @@ def _map(work: Callable[[Sample], Look], samples: Sequence[Sample], workers: int
     if workers <= 1:
         yield from map(work, samples)
         return
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(image_pixel_limit(),)) as pool:
-        try:
-            yield from pool.map(work, samples, chunksize=8)
-        except BrokenProcessPool:
-            raise DataError(
-                "a checking process was killed, perhaps for want of memory; fewer workers need less"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with starting("checking processes"):
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(image_pixel_limit(),))
+        looks = pool.map(work, samples, chunksize=8)
+    try:
+        yield from looks
+    except BrokenProcessPool:
+        raise DataError("a checking process was killed, perhaps for want of memory; fewer workers need less") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(max_image_pixels: int) -> None:
