@@ -14,7 +14,7 @@ from util.signals import StopSignals, keep_error, outside_training
 @pytest.fixture(autouse=True)
 def restored():
     """The handlers of before, and no signal noted."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     yield
     StopSignals.last = 0
     for number, handler in handlers.items():
@@ -23,7 +23,12 @@ def restored():
 
 @pytest.mark.parametrize(
     ("rank", "number", "expected"),
-    [(0, signal.SIGTERM, Interrupted), (1, signal.SIGTERM, Silenced), (1, signal.SIGUSR1, Interrupted)],
+    [
+        (0, signal.SIGTERM, Interrupted),
+        (1, signal.SIGTERM, Silenced),
+        (1, signal.SIGUSR1, Interrupted),
+        (0, signal.SIGHUP, Interrupted),
+    ],
 )
 def test_outside_training_a_signal_ends_the_process_and_under_srun_process_0_says_so(rank, number, expected):
     before = signal.getsignal(number)
@@ -43,3 +48,12 @@ def test_an_error_that_is_to_be_shown_is_not_hidden_by_the_launchers_sigterm():
             raise
     os.kill(os.getpid(), signal.SIGTERM)  # while it is printed
     assert StopSignals.last == signal.SIGTERM
+
+
+def test_a_closed_terminal_is_ignored_outside_training_where_it_was_before():
+    """As nohup has it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with outside_training(0, under_srun=False):
+        os.kill(os.getpid(), signal.SIGHUP)
+        keep_error()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and StopSignals.last == 0

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from util.errors import Interrupted, Silenced
 
 Item = TypeVar("Item")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, unless it is ignored
 
 
 def hangup_is_ignored() -> bool:
@@ -21,8 +21,9 @@ def hangup_is_ignored() -> bool:
 
 @contextlib.contextmanager
 def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process with one line: there is nothing to save. `StopSignals` goes before it.
+    """SIGTERM, SIGUSR1 and SIGHUP (unless ignored) end the process with one line, having nothing to save.
 
+    `StopSignals` goes before it.
     srun's status is the highest of its processes, and once one has failed it ends the others by SIGTERM: so these end
     with a lower status than the one that failed. Where all get SIGTERM process 0 ends with that signal's status.
     """
@@ -32,7 +33,7 @@ def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
             raise Silenced("ended by srun, after another process failed")
         raise Interrupted(number, f"ended by {signal.Signals(number).name} while it was not training: nothing to save")
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, end) for number in _not_ignored(signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
@@ -42,12 +43,17 @@ def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
 
 
 def keep_error() -> None:
-    """From now on SIGTERM and SIGUSR1 only leave their number: this process ends, with an error of its own to show.
+    """From now on those signals only leave their number: this process ends, with an error of its own to show.
 
     srun sends SIGTERM as soon as another process has ended because of that error.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _not_ignored(signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, StopSignals.note)
+
+
+def _not_ignored(*numbers: int) -> list[int]:
+    """These signals, and SIGHUP unless it is ignored."""
+    return [*numbers, *([] if hangup_is_ignored() else [signal.SIGHUP])]
 
 
 class StopSignals:
@@ -64,8 +70,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not hangup_is_ignored()]
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = {number: signal.signal(number, self._note) for number in _not_ignored(*STOP_SIGNALS)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
