@@ -17,12 +17,14 @@ from dataset.samples import Sample, Samples, SamplesWriter
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 BAND_SUFFIXES = IMAGE_SUFFIXES | {".npy"}  # where images may have other channels than RGB
+PREDICTION_SUFFIXES = (".png", ".tif")  # of what predict writes of a picture
 ALLOW_OUTSIDE = "allow_outside_root: true permits that"
 # Folders that systems put among a user's files; others of that kind are hidden, their names begin with a dot.
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 # A first line of these words alone is the heading of a table.
 HEADINGS = frozenset(
     ("image", "images", "img", "file", "filename", "file_name", "path", "image_path", "image_name", "image_id", "id")
+    + ("img_path", "img_name", "img_id", "label_name", "mask_name")
     + ("label", "labels", "label_path", "mask", "masks", "mask_path", "annotation", "annotations", "gt", "target")
 )
 Progress = Callable[[Iterator[Any], int], Iterable[Any]]  # wraps an iterator, whose length it gets too
@@ -175,11 +177,14 @@ def find_unlabeled(
     allow_outside: bool = False,
     progress: Progress = no_progress,
     suffixes: Set[str] = IMAGE_SUFFIXES,
+    is_prediction: Callable[[Path], bool] = lambda path: False,
+    left_out: list[str] | None = None,
 ) -> Samples:
     """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
 
     Their labels, listed or not, are dropped here: nothing after this could open one. Unless `allow_outside`, no path
-    may leave `data_root`. `progress` as in `read_list`. Raises DataError.
+    may leave `data_root`. `progress` as in `read_list`, `is_prediction` and `left_out` as in `images_in`. Raises
+    DataError.
     """
     folder = Path(data_root) / source
     if Path(source).is_file():
@@ -187,7 +192,7 @@ def find_unlabeled(
     elif not allow_outside and not is_inside(source, data_root):
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
     elif folder.is_dir():
-        names = images_in(folder, Path(data_root), suffixes=suffixes)
+        names = images_in(folder, Path(data_root), left_out, suffixes, is_prediction)
         images = Samples.of(Sample(image, None) for image in names)
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
@@ -205,12 +210,17 @@ def list_digest(samples: Sequence[Sample]) -> str:
 
 
 def images_in(
-    folder: Path, root: Path, left_out: list[str] | None = None, suffixes: Set[str] = IMAGE_SUFFIXES
+    folder: Path,
+    root: Path,
+    left_out: list[str] | None = None,
+    suffixes: Set[str] = IMAGE_SUFFIXES,
+    is_prediction: Callable[[Path], bool] = lambda path: False,
 ) -> list[str]:
     """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none.
 
-    Links to folders are followed, but not back into a folder that leads there; what is hidden is left out. `left_out`
-    gets the paths of all else: hidden folders and images, links that lead back, files of other kinds.
+    Links to folders are followed, but not back into a folder that leads there; what is hidden is left out, and so are
+    the files of which `is_prediction`, which is asked of the images in PREDICTION_SUFFIXES. `left_out` gets the paths
+    of all else: hidden folders and images, links that lead back, files of other kinds, predictions.
     """
     found, left_out = [], [] if left_out is None else left_out
     around = Path(os.path.realpath(folder)).parents
@@ -234,7 +244,9 @@ def images_in(
             if is_folder and not is_hidden(f"{name}/"):
                 waiting.append((os.path.join(directory, name), (*above, place)))
             elif not is_folder and is_file and is_image(name, suffixes):  # opening a pipe would wait for ever
-                found.append(path)
+                may_be = name.lower().endswith(PREDICTION_SUFFIXES)
+                own = may_be and is_prediction(Path(directory, name))
+                (left_out if own else found).append(path)
             else:
                 left_out.append(f"{path}/" if is_folder else path)
     if not found:
@@ -243,9 +255,16 @@ def images_in(
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk that follows links to folders and enters no folder twice, so that a link may lead back."""
+    """os.walk that follows links to folders and enters no folder twice, so that a link may lead back.
+
+    Raises DataError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: this folder cannot be read: {error.strerror}") from None
+
     seen = set()
-    for directory, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(directory)
         if (place := (status.st_dev, status.st_ino)) in seen:
             folders.clear()

@@ -25,10 +25,12 @@ from dataset import DataError
 from dataset.atomic import replacing
 from dataset.check import mask_hint
 from dataset.files import IGNORE_INDEX, LabelColors, map_label, read_label
-from dataset.lists import Sample, images_in, is_hidden
+from dataset.lists import Sample, images_in
 from util.cli import run_main
 from util.config import parse_label_colors, parse_label_map, resolve_path
 from util.errors import ConfigError
+from util.lists import describe_left_out
+from util.outputs import is_own
 
 LISTS = ("train.txt", "labeled.txt", "val.txt")
 
@@ -58,7 +60,11 @@ def find_samples(
 def _by_stem(folder: Path, other: Path, root: Path, kind: str, left_out: list[str] | None = None) -> dict[str, str]:
     """{path in `folder` without suffix: path relative to `root`} of its images or labels."""
     found: dict[str, str] = {}
-    for name in images_in(folder, folder, left_out):
+
+    def is_prediction(path: Path) -> bool:  # labels may be predictions, as pseudo-labels are
+        return kind == "image" and not path.is_relative_to(other) and is_own(path)
+
+    for name in images_in(folder, folder, left_out, is_prediction=is_prediction):
         is_label = name.lower().endswith(".png")
         if (kind == "label" and not is_label) or (folder == other and kind == "image" and is_label):
             continue
@@ -256,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_lists(output, dict(zip(LISTS, lines, strict=True)))
 
     print(f"{output}: {len(labeled)} labelled, {len(train) - len(labeled)} unlabelled and {len(val)} validation images")
-    if hidden := [name for name in left_out if is_hidden(name)]:
-        print(f"note: hidden folders and files in {images} were left out: {len(hidden)}, such as {hidden[0]}")
+    for line in describe_left_out(images, left_out):
+        print(line)
     if orphans:
         print(f"note: {len(orphans)} labels have no image and were left out, such as {orphans[0]}")
     print(count_table(pixels, labeled, val))

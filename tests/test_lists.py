@@ -10,7 +10,7 @@ import pytest
 
 from dataset import check, lists
 from dataset.check import check_samples
-from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list
+from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list, walk
 from tests.faults import deep_png
 from tests.helpers import complaint, photo, save
 from util.config import load_config
@@ -170,7 +170,9 @@ def test_a_list_of_wide_characters_is_refused_with_the_way_out(tmp_path, encodin
     assert complaint(read_list, path) == f"{path}: not a readable list file: no UTF-8 text; save it as UTF-8"
 
 
-@pytest.mark.parametrize("heading", ["image label", "Image\tMask", "filename", '"image_path","label_path"', "id;gt"])
+@pytest.mark.parametrize(
+    "heading", ["image label", "Image\tMask", "filename", '"image_path","label_path"', "id;gt", "img_path,mask_path"]
+)
 def test_a_heading_is_named(tmp_path, heading):
     path = tmp_path / "list.txt"
     path.write_text(f"# made by hand\n{heading}\na.jpg a.png\n", encoding="utf-8")
@@ -224,12 +226,35 @@ def test_a_folder_that_cannot_be_read_is_named_not_passed_over(tmp_path, monkeyp
 
     def refuse(path):
         if str(path).endswith("locked"):
-            raise PermissionError(errno.EACCES, "Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     message = complaint(images_in, tmp_path / "images", tmp_path)
     assert message == f"{tmp_path}/images/locked: this folder cannot be read: Permission denied"
+    assert complaint(list, walk(tmp_path / "images")) == message
+
+
+def test_predictions_are_no_images_of_a_folder_and_only_files_that_may_be_one_are_asked(tmp_path):
+    asked, left_out = [], []
+    for name in ("a.jpg", "b.png", "out/b.png", "out/c.tif", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def is_prediction(path):
+        asked.append(path.name)
+        return path.parent.name == "out"
+
+    found = find_unlabeled(".", tmp_path, [], is_prediction=is_prediction, left_out=left_out)
+    assert [sample.image for sample in found] == ["a.jpg", "b.png"]
+    assert sorted(left_out) == ["notes.txt", "out/b.png", "out/c.tif"] and sorted(asked) == ["b.png", "b.png", "c.tif"]
+
+
+@pytest.mark.parametrize("line", ['"images/a.jpg"', "images/a.jpg,", "images/a.jpg;", "'images/a.jpg'"])
+def test_quotation_marks_and_commas_are_blamed_where_no_file_has_such_a_name(tmp_path, line):
+    (tmp_path / "list.txt").write_text(f"{line}\n", encoding="utf-8")
+    samples = read_list(tmp_path / "list.txt", labels=False)
+    assert "a list has no quotation marks, commas or semicolons" in complaint(check_samples, samples, tmp_path, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from PIL import Image
 
 from model import build_model
 from scripts import evaluate as evaluate_script
+from scripts import make_splits
 from scripts import predict as predict_script
 from tests.helpers import make_dataset
 from util.cli import run_main
 from util.config import load_config
+from util.outputs import save_picture
 from util.visualize import IGNORED_COLOUR, colorize, panel
 
 
@@ -154,6 +156,18 @@ def test_predicting_into_the_folder_of_the_images_leaves_them_alone_and_out_of_t
         predict_script.main([*arguments, str(folder), "--out", str(folder)])
     with pytest.raises(ValueError, match=r"photo\.png: is the image"):
         predict_script.main([*arguments, str(folder), "--out", str(tmp_path / "o"), "--panel", f"{folder}/photo.png"])
+
+
+def test_predictions_below_the_images_are_no_images_of_make_splits_but_may_be_its_labels(tmp_path, capsys):
+    for number in range(4):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / f"images/out/{number}.png")
+        save_picture(Image.fromarray(np.eye(8, dtype=np.uint8)), tmp_path / f"pseudo/{number}.png")
+        Image.new("RGB", (8, 8)).save(tmp_path / f"images/{number}.png")
+    places = ["--images", tmp_path / "images", "--labels", tmp_path / "pseudo", "--output", tmp_path / "lists"]
+    make_splits.main([*map(str, places), "--val", "1", "--labeled", "1"])
+    assert (tmp_path / "lists/train.txt").read_text().count("\n") == 3
+    line = f"note: predictions by this project in {tmp_path}/images were left out: 4, such as out/0.png"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_predictions_never_replace_labels_that_lie_in_the_output_folder(data, model, tmp_path):

@@ -258,7 +258,6 @@ def test_a_complete_set_is_left_alone_and_any_other_is_made_anew(tmp_path, small
         make_toy(root)
     for harm in (
         lambda: (root / "images/train/0003.png").unlink(),
-        lambda: (root / "labels/val/0001.png").write_bytes(b"damaged"),
         lambda: (root / toy.MANIFEST).write_text(json.dumps({**json.loads(whole[toy.MANIFEST]), "version": 0})),
     ):
         harm()
@@ -270,6 +269,34 @@ def test_a_complete_set_is_left_alone_and_any_other_is_made_anew(tmp_path, small
     monkeypatch.setattr(toy, "scene", refuse)
     with pytest.raises(AssertionError, match="drawn again"):
         make_toy(root, seed=1, force=True)
+
+
+@pytest.mark.parametrize("also_missing", [False, True])
+def test_a_file_that_was_changed_is_replaced_by_force_only(tmp_path, small, capsys, also_missing):
+    root = tmp_path / "toy"
+    make_toy(root)
+    whole = _contents(root)
+    (root / "labels/val/0001.png").write_bytes(b"edited")
+    if also_missing:
+        (root / "images/train/0003.png").unlink()
+    before = _contents(root)
+    with pytest.raises(SystemExit):
+        run_main(lambda: make_toy_script.main(["--root", str(root)]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {root}: 1 files were changed since the set was made, such as labels/val/0001.png")
+    assert f"python -m scripts.make_toy --root {root} --force" in line and _contents(root) == before
+    make_toy_script.main(["--root", str(root), "--force"])
+    assert _contents(root) == whole
+
+
+def test_what_the_finder_leaves_in_a_folder_spoils_no_set(tmp_path, small, monkeypatch):
+    make_toy(tmp_path)
+    (tmp_path / "images/.DS_Store").write_bytes(b"view")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "scene", None)  # nothing is drawn again
+        make_toy(tmp_path)
+    make_toy(tmp_path, seed=1)
+    assert toy._is_complete(tmp_path, seed=1)
 
 
 def test_a_failure_half_way_leaves_nothing_behind(tmp_path, small, monkeypatch):

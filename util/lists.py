@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +11,22 @@ from dataset.cache import ImageCache
 from dataset.check import check_samples
 from dataset.errors import DataError
 from dataset.files import gives_upper_bits, open_image, upper_bits_notes
-from dataset.lists import Progress, find_unlabeled, is_hidden, list_digest, no_progress, read_list, shared_images
+from dataset.lists import (
+    IMAGE_SUFFIXES,
+    Progress,
+    find_unlabeled,
+    is_hidden,
+    is_image,
+    list_digest,
+    no_progress,
+    read_list,
+    shared_images,
+)
 from dataset.samples import Sample, Samples
 from dataset.source import DataSource
 from util.config import Config, resolve_path
 from util.errors import ConfigError
+from util.outputs import is_own
 
 
 class Lists(NamedTuple):
@@ -32,11 +43,12 @@ def find_lists(
     labeled_path: str,
     unlabeled_path: str | None,
     progress: Progress = no_progress,
+    notes: list[str] | None = None,
 ) -> Lists:
     """Read the lists that the command line and the config name. Raises ConfigError or DataError.
 
     Each process reads them for itself: that takes a second per million lines, and every fault is found before the
-    process group starts. `progress` as `read_list` has it.
+    process group starts. `progress` as `read_list` has it; `notes` gets what the log should say.
     """
     data_root = resolve_path(cfg.data_root)
     inside = None if cfg.allow_outside_root else data_root
@@ -44,7 +56,7 @@ def find_lists(
     val = read_list(resolve_path(cfg.val_id_path), inside=inside, progress=progress)
     if method == "supervised":
         return Lists(labeled, None, val)
-    unlabeled = list_unlabeled(cfg, unlabeled_path, labeled, progress)
+    unlabeled = list_unlabeled(cfg, unlabeled_path, labeled, progress, notes)
     if unlabeled is None:
         raise ConfigError("no unlabelled images: give --unlabeled-id-path, or unlabeled_id_path in the config")
     return Lists(labeled, unlabeled, val)
@@ -55,18 +67,39 @@ def list_unlabeled(
     given: str | None,
     labeled: Sequence[Sample],
     progress: Progress = no_progress,
+    notes: list[str] | None = None,
 ) -> Samples | None:
     """The unlabelled images, from `given` on the command line or else the config; None if neither names any.
 
-    Raises DataError.
+    `notes` gets what is left out of a folder. Raises DataError.
     """
     source = given or cfg.unlabeled_id_path
     if source is None:
         return None
     listed = resolve_path(source)  # a folder is meant under data_root, whatever lies in the current one
     source = listed if listed.is_file() else source
-    where = (resolve_path(cfg.data_root), labeled, cfg.allow_outside_root)
-    return find_unlabeled(source, *where, progress, cfg.image_suffixes)
+    where, left_out = (resolve_path(cfg.data_root), labeled, cfg.allow_outside_root), []
+    found = find_unlabeled(source, *where, progress, cfg.image_suffixes, is_own, left_out)
+    if notes is not None:
+        notes += describe_left_out(source, left_out, cfg.image_suffixes)
+    return found
+
+
+def describe_left_out(
+    folder: str | Path, left_out: Sequence[str], suffixes: Set[str] = IMAGE_SUFFIXES
+) -> Iterator[str]:
+    """A note for each kind of what `images_in` passed over in this folder."""
+    kinds: dict[str, list[str]] = {}
+    for path in left_out:
+        if is_hidden(path):
+            kind = "hidden folders and files"
+        elif path.endswith("/"):
+            kind = "links that lead back"
+        else:
+            kind = "predictions by this project" if is_image(path.rpartition("/")[2], suffixes) else "other files"
+        kinds.setdefault(kind, []).append(path)
+    for kind, paths in sorted(kinds.items()):
+        yield f"note: {kind} in {folder} were left out: {len(paths)}, such as {min(paths)}"
 
 
 def data_source(cfg: Config, cache: ImageCache | None = None) -> DataSource:

@@ -46,11 +46,11 @@ def make_toy(root: str | Path, seed: int = 0, force: bool = False) -> None:
 
     `images/{train,val}/*.png`, `labels/{train,val}/*.png` (of the labelled and the validation images only), the lists
     `labeled.txt`, `unlabeled.txt` and `val.txt` with paths relative to `root`, and a manifest with every file's digest.
-    An incomplete or damaged set, one of another seed or version, and any with `force`, is made anew. The folder appears
-    as a whole or not at all; a killed run leaves at most a hidden folder beside it.
+    An incomplete set, one of another seed or version, and any with `force`, is made anew. The folder appears as a whole
+    or not at all; a killed run leaves at most a hidden folder beside it.
 
-    Raises DataError if `root` holds anything else, which is left untouched, if it cannot be written, and for a negative
-    `seed`.
+    Raises DataError if `root` holds anything else or, without `force`, files that were changed since, all of which is
+    left untouched; if it cannot be written, and for a negative `seed`.
     """
     if seed < 0:
         raise DataError(f"seed {seed}: the toy set's seed must be 0 or more")
@@ -58,6 +58,8 @@ def make_toy(root: str | Path, seed: int = 0, force: bool = False) -> None:
     if not force and _is_complete(root, seed):
         return
     _check_replaceable(root)
+    if not force:
+        _check_unchanged(root)
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
@@ -87,14 +89,25 @@ def _read_manifest(root: Path) -> dict:
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Relative paths of the files under `root`, the manifest left out."""
+    """Relative paths of the files under `root`, without the manifest and what macOS's Finder leaves in a folder."""
     paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
-    return (path for path in paths if path != MANIFEST)
+    return (path for path in paths if path != MANIFEST and path.rpartition("/")[2] != ".DS_Store")
 
 
 def _digests(root: Path) -> dict[str, str]:
     """SHA-256 of every file by its relative path."""
     return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in sorted(_files(root))}
+
+
+def _check_unchanged(root: Path) -> None:
+    """Raise DataError if a file is not as it was written, be it damaged or edited; one may be missing."""
+    written = _read_manifest(root).get("files", {})
+    changed = [name for name, digest in _digests(root).items() if digest != written[name]]
+    if changed:
+        raise DataError(
+            f"{root}: {len(changed)} files were changed since the set was made, such as {changed[0]}: python -m "
+            f"scripts.make_toy --root {root} --force makes the whole set anew; move what is to be kept away before"
+        )
 
 
 def _check_replaceable(root: Path) -> None:
