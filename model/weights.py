@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def load_checkpoint_state(
 
 def _find(path: str | Path) -> Path:
     """A relative path is taken from the current folder, else from the project."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # Path.expanduser fails where there is no home folder
     return path if path.exists() or path.is_absolute() else PROJECT_ROOT / path
 
 

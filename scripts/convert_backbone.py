@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -190,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     args = parser.parse_args(argv)
 
-    output = Path(args.output).expanduser() if args.output else PROJECT_ROOT / "pretrained" / f"{args.name}.pth"
+    default = PROJECT_ROOT / "pretrained" / f"{args.name}.pth"
+    output = Path(os.path.expanduser(args.output)) if args.output else default
     check_suffix("--output", output, (".pth", ".pt"))
     if args.source != "timm" and (found := identity(resolve_path(args.source))) and found == identity(output):
         raise WeightsError(f"{output}: is the file {args.source} that is converted; --output writes elsewhere")

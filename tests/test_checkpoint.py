@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -275,6 +276,17 @@ def test_after_an_epoch_the_one_before_is_kept_and_what_lies_within_is_removed(t
     assert values == {"latest.pth": 3, "previous.pth": 2, "best.pth": 1, "epoch-0002.pth": 2, "epoch-0003.pth": 3}
 
 
+def test_a_checkpoint_that_a_person_named_alike_is_neither_removed_nor_continued_from(tmp_path):
+    mine = tmp_path / "epoch-0-of-last-week.pth"
+    save_checkpoint(_run_state(9), mine)
+    for epoch in (1, 2):
+        save_epoch(_run_state(epoch), tmp_path, improved=False, keep_last=1)
+    assert mine.exists() and _names(tmp_path) == sorted([mine.name, "epoch-0002.pth", "latest.pth", "previous.pth"])
+    for path in tmp_path.glob("[!e]*"):
+        path.unlink()
+    assert _find(tmp_path) == ("epoch-0002.pth", 20)
+
+
 def test_any_flipped_bit_of_the_weights_is_noticed_though_torch_load_does_not(tmp_path):
     path = tmp_path / "latest.pth"
     save_checkpoint(_run_state(1), path)
@@ -346,6 +358,18 @@ def test_kept_epochs_and_the_best_one_serve_where_nothing_newer_is_whole(tmp_pat
     for path in tmp_path.glob("epoch-*"):
         path.unlink()
     assert _find(tmp_path) == ("best.pth", 10)
+
+
+@pytest.mark.parametrize(("now", "allowed"), [("here.pth", True), (True, True), (False, False)])
+def test_pretrained_weights_that_moved_do_not_keep_a_run_from_going_on(tmp_path, now, allowed):
+    """They are read at the start only. To have started without is another matter."""
+    state = _run_state(1)
+    state["config"]["pretrained"] = "there.pth"
+    save_checkpoint(state, tmp_path / "latest.pth")
+    refused = pytest.raises(CheckpointError, match=r"pretrained: there\.pth -> False")
+    with contextlib.nullcontext() if allowed else refused:
+        found = find_checkpoint(tmp_path, dataclasses.replace(CFG, pretrained=now), RUN)
+        assert found.path == tmp_path / "latest.pth"
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):

@@ -220,6 +220,10 @@ def test_no_input_is_overwritten_and_the_outputs_suffix_is_checked_first(resnet5
     assert resnet50_file.read_bytes() == before
     line = error_of(capsys, "resnet50_tv", "--from", resnet50_file, "--output", tmp_path / "out.safetensors")
     assert "out.safetensors: the suffix must be one of .pth, .pt" in line
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~nobody-of-this-name").write_text("a file, no folder")
+    line = error_of(capsys, "resnet50_tv", "--from", resnet50_file, "--output", "~nobody-of-this-name/out.pth")
+    assert "~nobody-of-this-name/out.pth: " in line
 
 
 def test_safetensors_files_are_read(resnet50_file, tmp_path):

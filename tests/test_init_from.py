@@ -55,6 +55,15 @@ def test_all_that_fits_is_loaded_and_a_head_of_other_classes_starts_anew(cfg, da
     )
 
 
+@pytest.mark.parametrize("key", ["model_ema", "teacher"])
+def test_of_a_file_with_two_networks_the_one_that_is_taken_is_named(cfg, tmp_path, key):
+    trained, path = build_model(cfg), tmp_path / "two.pth"
+    torch.save({"model": _named("", trained), key: _named("", build_model(cfg))}, path)
+    start = read_start(build_model(cfg), str(path))
+    assert start.note.endswith(" tensors of the student, the trained one of the file's two networks")
+    assert torch.equal(start.weights["classifier.weight"], trained.classifier.weight)
+
+
 def test_another_backbone_is_named_by_its_first_tensors_and_a_count(cfg, data, tmp_path):
     path = tmp_path / "other.pth"
     torch.save(_named("", build_model(cfg)), path)

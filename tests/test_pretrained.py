@@ -64,6 +64,7 @@ def test_a_path_is_taken_from_the_current_folder_else_from_the_project(project, 
     torch.save(here, "pretrained/mine.pth")
     assert_loaded(make(pretrained="pretrained/mine.pth").backbone, here)
     assert_loaded(make(pretrained=str(project / "mine.pth")).backbone, there)
+    assert "~nobody-of-this-name/x.pth: no such file" in weights_error(make, pretrained="~nobody-of-this-name/x.pth")
 
 
 def test_no_file_is_touched_unless_argument_and_config_ask_for_weights(project):

@@ -130,6 +130,13 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(seeds, data):
     }
 
 
+def test_runs_that_started_from_other_weights_are_not_one_group(data, tmp_path):
+    for seed, start in enumerate(["a.pth", "b.pth"]):
+        make_save_path(data, tmp_path / start, seed=seed, init_from=start)
+    groups = group_runs(find_runs([str(tmp_path)]))
+    assert [group.name for group in groups] == ["unimatch, init_from a.pth", "unimatch, init_from b.pth"]
+
+
 def test_mean_and_spread_are_those_of_the_values_that_are_there():
     assert mean_and_spread([1, math.nan, 3]) == (2, pytest.approx(math.sqrt(2)))
     assert [math.isnan(value) for value in (*mean_and_spread([5]), *mean_and_spread([]))] == [False, True, True, True]

@@ -19,7 +19,7 @@ import torch
 from dataset.atomic import replacing
 from util.errors import CheckpointError
 from util.lock import check_lock
-from util.run_files import BEST, CONFIG_FILE, EPOCHS, LATEST, MID_EPOCH, PREVIOUS, RESULTS
+from util.run_files import BEST, CONFIG_FILE, EPOCHS, LATEST, MID_EPOCH, PREVIOUS, RESULTS, epoch_files
 
 _TOKEN = secrets.token_hex(4)
 # What an optimiser keeps of each parameter, in the parameter's shape.
@@ -69,7 +69,7 @@ def save_epoch(state: Mapping[str, Any], save_path: Path, improved: bool, keep_l
         save_checkpoint(state, latest)
     if keep_last:
         copy_checkpoint(latest, save_path / EPOCHS.replace("*", f"{state['epoch']:04}"))
-        for old in sorted(save_path.glob(EPOCHS))[:-keep_last]:
+        for old in epoch_files(save_path)[:-keep_last]:
             _remove(old)
     _remove(save_path / MID_EPOCH)
 

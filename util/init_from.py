@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import WeightsError, build_model, find_state_dict, read_checkpoint
+from model import WeightsError, build_model, choose_network, find_state_dict, read_checkpoint
 from util.config import Config, resolve_path
 
 NAMED = 6  # tensors that the log names one by one
@@ -26,7 +26,8 @@ def read_start(model: nn.Module, path: str) -> Start:
     It may be of other classes or another data set. Raises WeightsError, which names the file, if nothing fits.
     """
     try:
-        state = find_state_dict(read_checkpoint(resolve_path(path)), path)
+        checkpoint = read_checkpoint(resolve_path(path))
+        state = find_state_dict(checkpoint, path)
     except WeightsError as error:
         raise WeightsError(f"init_from: {error}") from None
     own = model.state_dict()
@@ -39,6 +40,8 @@ def read_start(model: nn.Module, path: str) -> Start:
     more = f" and {len(anew) - NAMED} more" if len(anew) > NAMED else ""
     unused = sum(name not in own for name in state)
     note = f"starting from the weights of {path} (init_from): {len(weights)} of {len(own)} tensors"
+    if choose_network(checkpoint, "teacher") != choose_network(checkpoint):
+        note += " of the student, the trained one of the file's two networks"
     note += f"; new are {', '.join(reasons)}{more}" if anew else ""
     note += f"; {unused} of the file have no place in this model" if unused else ""
     return Start(weights, note)

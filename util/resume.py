@@ -17,7 +17,7 @@ from util.checkpoint import CHOICES, aside_name
 from util.config import Config, differing_keys, to_dict
 from util.errors import CheckpointError
 from util.release import adopt, is_release
-from util.run_files import BEST, EPOCHS, LATEST, MID_EPOCH, PREVIOUS
+from util.run_files import BEST, LATEST, MID_EPOCH, PREVIOUS, epoch_files
 
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
 NUMBER = (int, float)
@@ -48,7 +48,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
     def read(path: Path) -> dict[str, Any] | None:
         return _read_whole(path, damaged, lambda state: as_ours(state, cfg, run, steps))
 
-    earlier = sorted(save_path.glob(EPOCHS), reverse=True)
+    earlier = reversed(epoch_files(save_path))
     whole: dict[Path, dict[str, Any]] = {}
     for path in (save_path / LATEST, save_path / PREVIOUS, *earlier, save_path / BEST):
         if state := read(path):
@@ -138,6 +138,8 @@ def _check_settings(
     notes = [f"note: {path} is {state['note']}"] if "note" in state else []
     # Checkpoints of earlier versions do not tell the validation list.
     saved_run, saved = {"validation list": run.get("validation list"), **state["run"]}, {**state["config"]}
+    if saved.get("pretrained", True) and cfg.pretrained:  # read at the start only, wherever the file lies now
+        saved["pretrained"] = cfg.pretrained
     epochs = saved.get("epochs")
     if isinstance(epochs, int) and cfg.epochs > epochs:
         saved["epochs"] = cfg.epochs

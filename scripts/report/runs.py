@@ -199,8 +199,9 @@ def group_runs(runs: Iterable[RunRecord]) -> list[Group]:
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    """What shapes the run besides its seed."""
-    kept = {key: value for key, value in to_dict(run.cfg).items() if key not in (*NOT_SHAPING, "seed")}
+    """What shapes the run besides its seed; `init_from` too, though a continued run does not read it."""
+    left_out = {*NOT_SHAPING, "seed"} - {"init_from"}
+    kept = {key: value for key, value in to_dict(run.cfg).items() if key not in left_out}
     lists = {key: value for key, value in run.lists.items() if key != "method"}
     return {"method": run.method, **kept, **lists}
 
