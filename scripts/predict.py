@@ -26,7 +26,7 @@ from dataset.files import limit_image_pixels, map_label, read_label, upper_bits_
 from dataset.inputs import Found, Picture, find_pictures
 from util.cli import run_main
 from util.config import Config, resolve_path
-from util.distributed.launch import choose_device, find_processes
+from util.distributed.launch import choose_device, process_alone
 from util.errors import ConfigError, error_line
 from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, is_own, read_mark, save_picture
 from util.plots import contact_sheet, require_matplotlib
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = open_trained(args)
     cfg = trained.cfg
     limit_image_pixels(cfg.max_image_pixels)
-    device = choose_device(cfg.device, find_processes())
+    device = choose_device(cfg.device, process_alone("predict"))
     check_precision(cfg, device)
     sources = [*args.inputs, *([args.images] if args.images else [])]
     found = find_pictures(

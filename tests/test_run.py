@@ -7,12 +7,14 @@ import pwd
 import shutil
 
 import pytest
+from PIL import Image
 
 from dataset import DataError
 from tests.helpers import make_dataset
-from util.cli import parse_args
-from util.distributed.launch import Processes, find_processes
+from util.cli import parse_args, run_main
+from util.distributed.launch import Processes, choose_device, find_processes, process_alone
 from util.errors import ConfigError
+from util.outputs import save_picture
 from util.run import open_run
 
 
@@ -122,8 +124,96 @@ def test_a_config_in_the_save_path_that_was_given_is_left_as_it_was_written(data
     path.write_text(text)
     start(data, tmp_path, capsys, "--config", str(path))
     assert path.read_text() == text
-    start(data, tmp_path, capsys)  # another file was given
-    assert "nclass: 3" in path.read_text()
+    with pytest.raises(ConfigError, match=r"config\.yaml exists there, and no run wrote it"):
+        start(data, tmp_path, capsys)  # another file was given
+    start(data, tmp_path, capsys, "--resume", "never")
+    assert "nclass: 3" in path.read_text() and (path.parent / "previous-1/config.yaml").read_text() == text
+
+
+STRANGERS = {
+    "config.yaml": "dataset: mine\nclasses: [a, b]\nseed: 3\n",
+    "train.log": "2026-01-02 10:00:00,123 INFO another program's\n",
+    "run.json": '{"name": "mine"}',
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_strangers_file_in_the_save_path_is_not_replaced(data, tmp_path, capsys, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.write_text(STRANGERS[name])
+    with pytest.raises(ConfigError, match=rf"{name} exists there, and no run wrote it: choose another, or have it"):
+        start(data, tmp_path, capsys)
+    assert path.read_text() == STRANGERS[name]
+    assert "earlier results were moved to" in start(data, tmp_path, capsys, "--resume", "never")[1]
+    assert (path.parent / "previous-1" / name).read_text() == STRANGERS[name]
+
+
+@pytest.mark.parametrize("gone", ["run.json", "train.log", "nothing"])
+def test_a_folder_in_which_a_run_began_is_begun_in_again_also_one_of_an_older_version(data, tmp_path, capsys, gone):
+    start(data, tmp_path, capsys)
+    (tmp_path / "run" / gone).unlink(missing_ok=True)
+    (tmp_path / "run/train.log").touch()
+    data.configure(lr=0.5)
+    start(data, tmp_path, capsys)
+    assert "lr: 0.5" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_config_that_is_a_link_to_a_file_of_the_run_is_not_written_to(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    os.link(data.config, tmp_path / "run/train.log")
+    with pytest.raises(ConfigError, match=r"^--config \S*: is \S*run/train\.log, which this run would replace"):
+        start(data, tmp_path, capsys)
+
+
+def test_what_is_left_out_of_a_folder_of_unlabelled_images_is_counted(data, tmp_path, capsys):
+    data.configure(unlabeled_id_path="images")
+    (data.root / "images/notes.txt").write_text("mine")
+    save_picture(Image.new("RGB", (40, 32)), data.root / "images/out/val0.png")
+    output = start(data, tmp_path, capsys)[1]
+    assert "8 unlabelled images" in output.replace("6 unlabelled", "?")
+    assert "note: other files in images were left out: 1, such as images/notes.txt" in output
+    assert "note: predictions by this project in images were left out: 1, such as images/out/val0.png" in output
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, {"SLURM_STEP_NUM_TASKS": "2"}]
+)
+def test_a_tool_of_one_process_is_refused_where_several_would_write_the_same_files(monkeypatch, variables):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert process_alone("predict") == Processes()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"^predict is one process, and the environment tells of 2: .*unset RANK"):
+        process_alone("predict")
+
+
+def test_srun_without_a_port_and_a_gpu_too_few_tell_of_variables_that_may_be_left_over(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("MASTER_ADDR", "h")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=r"--port is needed under srun.*unset RANK"):
+        find_processes()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"process 2 on this machine has no GPU: there are 1 .*unset RANK"):
+        choose_device("auto", Processes(1, 2, 1))
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_a_rank_that_is_left_over_alone_neither_delays_an_error_nor_renames_it(monkeypatch, capsys, variable):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+
+    def fail():
+        raise ConfigError("wrong")
+
+    with pytest.raises(SystemExit):
+        run_main(fail)
+    assert capsys.readouterr().err == "error: wrong\n"
 
 
 def test_without_a_home_and_an_account_a_run_starts_unless_it_needs_a_folder_there(data, tmp_path, capsys, monkeypatch):

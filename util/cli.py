@@ -86,9 +86,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _run_main(main: Callable[[], None]) -> None:
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    rank = int(rank) if rank.isdecimal() else 0  # what is no number is refused later
-    silent = False
+    rank, silent = _rank(), False
     try:
         main()
         return
@@ -132,6 +130,14 @@ def _out_of_memory(error: Exception) -> str:
         return "GPU memory"
     # Of PyTorch on a CPU it is a RuntimeError like any other; of NumPy and Python a MemoryError.
     return "memory" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""
+
+
+def _rank() -> int:
+    """This process's number, as `find_processes` has it: one variable that is left over, without the other, is none."""
+    env = os.environ
+    pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    rank = next((env[name] for name, count in pairs if env.get(name) and env.get(count)), "0")
+    return int(rank) if rank.isdecimal() else 0  # what is no number is refused later
 
 
 def _end_loading_processes() -> None:

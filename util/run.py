@@ -52,7 +52,7 @@ from util.loggers import check_loggers
 from util.outputs import identity
 from util.precision import check_precision, describe_precision, set_precision
 from util.resume import Found, find_checkpoint
-from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS
+from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS, foreign_files
 from util.run_info import hyperparameters, write_info
 from util.schedule import build_optimizer
 from util.screen import show_progress
@@ -171,7 +171,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         set_backends(cfg)
         check_handover(loader_options(cfg, device).workers)
         reading = partial(show_progress, "reading lists", "blocks") if processes.is_main else no_progress
-        lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading)
+        lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading, notes)
         unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
         check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
         save_path, found = Path(args.save_path), Found(None)
@@ -229,15 +229,21 @@ def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tupl
 
 
 def _check_inputs(cfg: Config, args: argparse.Namespace, save_path: Path, fresh: bool) -> None:
-    """Raise ConfigError if the run would replace, or move aside, a list or weights that it reads."""
+    """Raise ConfigError if the run would replace, or move aside, what it reads, or replace what no run wrote."""
     written = {identity(path): path for name in RESULTS if name != CONFIG_FILE for path in save_path.glob(name)}
     given = {"--labeled-id-path": args.labeled_id_path, "--unlabeled-id-path": args.unlabeled_id_path}
-    given |= {"val_id_path": cfg.val_id_path, "unlabeled_id_path": cfg.unlabeled_id_path}
+    given |= {"--config": args.config, "val_id_path": cfg.val_id_path, "unlabeled_id_path": cfg.unlabeled_id_path}
     if fresh:  # else the weights are not read
         given |= {"init_from": cfg.init_from, "pretrained": cfg.pretrained if isinstance(cfg.pretrained, str) else None}
     for key, path in given.items():
         if path and (found := written.get(identity(resolve_path(path)) or ())):
             raise ConfigError(f"{key} {path}: is {found}, which this run would replace: choose another --save-path")
+    for path in foreign_files(save_path) if fresh and args.resume == "auto" else ():
+        if identity(path) != identity(resolve_path(args.config)):  # which stays as it is
+            raise ConfigError(
+                f"--save-path {save_path}: {path.name} exists there, and no run wrote it: choose another, or have it "
+                "moved aside by --resume never"
+            )
 
 
 def _check_start(cfg: Config, found: Found) -> list[str]:

@@ -14,10 +14,8 @@ from util.distributed.network import port_fault
 from util.errors import ConfigError
 
 # What to say where the environment tells of processes that are not there.
-LEFT_OVER = (
-    "unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS if they are left over, or start with "
-    "python -m scripts.launch, torchrun or srun"
-)
+UNSET = "unset RANK, LOCAL_RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS if they are left over"
+LEFT_OVER = f"{UNSET}, or start with python -m scripts.launch, torchrun or srun"
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,23 @@ def find_processes(port: int | None = None) -> Processes:
         env["MASTER_ADDR"] = _first_slurm_node()
     if not env.get("MASTER_PORT"):
         if port is None:
-            raise ConfigError("--port is needed under srun with several processes: any free port, the same for all")
+            raise ConfigError(
+                f"--port is needed under srun with several processes: any free port, the same for all ({LEFT_OVER})"
+            )
         env["MASTER_PORT"] = str(port)
     processes = Processes(_number("SLURM_PROCID"), count, _number("SLURM_LOCALID"))
     if processes.is_main and (fault := port_fault(_number("MASTER_PORT", 1))):
         raise ConfigError(f"port {env['MASTER_PORT']} is {fault} on {env['MASTER_ADDR']}: choose another")
     return processes
+
+
+def process_alone(tool: str) -> Processes:
+    """The place of a tool that writes files as one process. Raises ConfigError where the environment tells of more."""
+    launched = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+    count = _number("WORLD_SIZE", 1) if launched else _number("SLURM_STEP_NUM_TASKS", 1, default=1)
+    if count > 1:
+        raise ConfigError(f"{tool} is one process, and the environment tells of {count}: start it alone, or {UNSET}")
+    return Processes()
 
 
 def _number(name: str, minimum: int = 0, default: int | None = None) -> int:
@@ -96,7 +105,7 @@ def choose_device(wanted: str, processes: Processes) -> torch.device:
     if processes.local_rank >= count:
         raise ConfigError(
             f"process {processes.local_rank + 1} on this machine has no GPU: there are {count} "
-            "(start fewer processes, or use --set device=cpu)"
+            f"(start fewer processes, or use --set device=cpu; {LEFT_OVER})"
         )
     return torch.device("cuda", processes.local_rank)
 
