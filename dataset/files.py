@@ -96,6 +96,12 @@ def open_label(path: str | Path, colors: LabelColors | None = None) -> Iterator[
                 f"{path}: the label is a {label.mode} image; expected one channel of class indices{hint}",
                 "labels that are not one channel of class indices",
             )
+        if label.tile and re.search(r"^'?[1L];\d?IR?\b", _decoder_mode(label)):
+            raise DataError(
+                f"{path}: a {label.format} file whose value 0 is white, so that its values are read inverted: store it "
+                "with 0 as black (PhotometricInterpretation 1), or as PNG",
+                "labels whose values are inverted",
+            )
         if label.tile and label.tile[0][0].startswith("ppm") and label.mode == "L":
             raise DataError(
                 f"{path}: a PGM file whose greatest value is not 255, so that its values are scaled: store it as PNG",
@@ -177,9 +183,14 @@ def _grey_bits(label: Image.Image) -> int:
     """Bits per pixel of an open grey label, 8 for one with a palette; known before decoding only."""
     if label.mode == "1":
         return 1
-    arguments = label.tile[0][3] if label.tile else ""  # the decoder's, such as L;4, alone or first of several
-    depth = re.match(r"L;([24])", arguments if isinstance(arguments, str) else str(arguments[0]))
+    depth = re.match(r"L;([24])", _decoder_mode(label))
     return int(depth[1]) if depth else 8
+
+
+def _decoder_mode(opened: Image.Image) -> str:
+    """How an open image's values are stored, such as L;4; known before decoding only."""
+    arguments = opened.tile[0][3] if opened.tile else ""  # the decoder's, alone or first of several
+    return arguments if isinstance(arguments, str) else str(arguments[0])
 
 
 def _shown_values(label: Image.Image) -> tuple[int, ...] | None:
@@ -246,6 +257,8 @@ def errors_named(path: str | Path, kind: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         hint = "; separate folders by /, not by backslashes" if "\\" in str(path) else ""
+        if re.search(r"""(^|/)["']|["',;]$""", str(path)):
+            hint = "; a list has no quotation marks, commas or semicolons around names"
         raise DataError(
             f"{path}: no such {kind} (listed paths are relative to data_root{hint})", f"missing {kind}s"
         ) from None

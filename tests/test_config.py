@@ -476,6 +476,7 @@ def test_parts_of_the_criterion_can_be_set_alone(write, base, overrides, expecte
         ({"name": "OHEM", "min_kept": 0.5}, "min_kept: expected a whole number"),
         ({"name": "OHEM", "kwargs": {"thresh": 2}}, "thresh: 2.0 must be at most 1"),
         ({"name": "OHEM", "kwargs": 5}, "OHEM has no 'kwargs'"),
+        ({"name": "OHEM", "thresh": 0.7, "kwargs": {"thresh": 0.6}}, "'thresh' is given twice, in kwargs and beside"),
         ({"name": "CELoss", "thresh": 0.5}, "CELoss has no 'thresh'"),
         ({"name": "CELoss", "kwargs": {"ignore_index": 0}}, "ignore_index is 255 throughout"),
         ({"thresh": 0.5}, "expected CELoss or {name: OHEM"),
@@ -493,6 +494,7 @@ def test_a_wrong_criterion_is_refused(write, given, fragment):
         ("OHEM", "criterion.tresh=0.5", "criterion: OHEM has no 'tresh' (did you mean 'thresh'?)"),
         ("OHEM", "criterion.thresh=2", "criterion: thresh: 2.0 must be at most 1"),
         (5, "criterion.thresh=0.5", "'criterion' is 5 in the config file"),
+        ({"thresh": 1, "kwargs": {"thresh": 1}}, "criterion.min_kept=5", "in the config file, criterion: 'thresh' is"),
         ("OHEM", "lr.thresh=0.5", "'lr' has no inner keys"),
     ],
 )
@@ -555,7 +557,10 @@ def test_a_missing_or_unreadable_file_is_refused_by_name(tmp_path):
     assert complaint(long).startswith(f"{long}: cannot be read: ")
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("dataset: blätter".encode("latin-1"))
-    assert complaint(latin).startswith(f"{latin}: cannot be read: ")
+    assert complaint(latin) == f"{latin}: cannot be read: no UTF-8 text; save it as UTF-8"
+    for encoding in ("utf-16", "utf-16-le"):  # as Windows programs save it
+        latin.write_bytes("dataset: pascal\n".encode(encoding))
+        assert complaint(latin).endswith("; save it as UTF-8")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(write):

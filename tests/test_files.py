@@ -129,6 +129,21 @@ def test_labels_of_16_bits_are_read_where_their_values_fit(tmp_path, suffix):
     assert complaint(read_indices, path).startswith(f"{path}: the label has the value 256;")
 
 
+@pytest.mark.parametrize("kind", ["1 bit", "8 bits", "8 bits, compressed"])
+def test_a_tiff_label_whose_0_is_white_is_refused_since_it_would_be_read_inverted(tmp_path, kind):
+    path, options = tmp_path / "label.tif", {"compression": "tiff_lzw"} if "compressed" in kind else {}
+    image = Image.fromarray(classes(0, 1))
+    image = image.point(lambda value: 255 * value).convert("1") if kind == "1 bit" else image
+    image.save(path, **options)
+    assert np.array_equal(read_indices(path), classes(0, 1))
+    image.save(path, tiffinfo={262: 0}, **options)
+    with Image.open(path) as label:
+        assert label.tag_v2[262] == 0
+    for function in (read_label, read_indices):
+        line = complaint(function, path)
+        assert line.startswith(f"{path}: a TIFF file whose value 0 is white") and "PhotometricInterpretation 1" in line
+
+
 @pytest.mark.parametrize(("pixels", "mode"), [(photo(3), "RGB"), (photo(4), "RGBA"), (photo(2), "LA")])
 def test_a_label_with_channels_is_refused(tmp_path, pixels, mode):
     path = tmp_path / "label.png"

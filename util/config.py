@@ -135,8 +135,12 @@ def _read_yaml(path: Path, shown: str) -> dict[str, Any]:
             text = file.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such config file (the recipes are in configs/)") from None
+    except UnicodeError:
+        raise ConfigError(f"{shown}: cannot be read: no UTF-8 text; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown}: cannot be read: {one_line(error)}") from None
+    if "\0" in text[:2]:  # without a mark at its beginning
+        raise ConfigError(f"{shown}: cannot be read: UTF-16 text; save it as UTF-8")
     values = parse_yaml(text, shown)
     if not isinstance(values, dict):
         raise ConfigError(f"{shown}: expected lines of `key: value`, found {quoted(values)}")
@@ -168,7 +172,10 @@ def _assign(values: dict[str, Any], key: str, value: Any, source: str) -> None:
         nested = {"name": nested}
     if not isinstance(nested, dict):
         raise ConfigError(f"{source}: '{outer}' is {quoted(nested)} in the config file, which has no inner keys")
-    nested = without_kwargs(nested)  # an override means the same number wherever it stands
+    try:
+        nested = without_kwargs(nested)  # an override means the same number wherever it stands
+    except ConfigError as error:
+        raise ConfigError(f"{source}: in the config file, criterion: {error}") from None
     if inner == "name" and value != "OHEM":
         nested = {}
     values[outer] = {**nested, inner.removeprefix("kwargs."): value}

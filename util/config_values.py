@@ -18,10 +18,15 @@ NUMBER = r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 
 
 def without_kwargs(criterion: Mapping[str, Any]) -> dict[str, Any]:
-    """The criterion's mapping with its numbers side by side; the published files nest them under `kwargs`."""
+    """The criterion's mapping with its numbers side by side; the published files nest them under `kwargs`.
+
+    Raises ConfigError for one that is given in both ways.
+    """
     kwargs = criterion.get("kwargs") or {}
     if not isinstance(kwargs, dict):
         return dict(criterion)
+    if twice := next((key for key in kwargs if key in criterion), None):
+        raise ConfigError(f"{quoted(twice)} is given twice, in kwargs and beside it")
     return {key: value for key, value in criterion.items() if key != "kwargs"} | kwargs
 
 
