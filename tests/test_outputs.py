@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import DataError
 from util.errors import ConfigError
 from util.outputs import MARK, check_suffix, check_targets, comment, is_own, read_mark, save_picture, writing
 
@@ -89,3 +90,29 @@ def test_a_suffix_that_cannot_be_written_is_refused():
     check_suffix("--panel", "a.PNG", (".png", ".jpg"))
     with pytest.raises(ConfigError, match=r"--panel a\.gif: the suffix must be one of \.png, \.jpg"):
         check_suffix("--panel", "a.gif", (".png", ".jpg"))
+
+
+def test_suffixes_are_read_in_any_case(tmp_path):
+    for name in ("a.JSON", "b.CSV"):
+        (tmp_path / name).write_text(f'{{"tool": "{MARK}"}}')
+        assert is_own(tmp_path / name)
+    save_picture(Image.new("RGB", (5, 4)), tmp_path / "c.PNG", "of this")
+    assert read_mark(tmp_path / "c.PNG") == "of this"
+
+
+def test_a_temporary_file_that_was_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "mine").write_text("a year's work")
+    (tmp_path / ".a.bin.part").symlink_to("mine")
+    with writing(tmp_path / "a.bin") as file:
+        file.write(b"new")
+    assert (tmp_path / "mine").read_text() == "a year's work"
+    assert (tmp_path / "a.bin").read_bytes() == b"new" and not (tmp_path / "a.bin").is_symlink()
+
+
+def test_a_name_may_be_as_long_as_file_systems_have_it_and_a_longer_one_is_a_fault_of_this_file_alone(tmp_path):
+    path = tmp_path / f"{'ü' * 125}x.png"
+    with writing(path) as file:
+        file.write(b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(DataError, match="cannot be written: File name too long"), writing(tmp_path / ("x" * 256)):
+        pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import zipfile
@@ -13,7 +15,7 @@ from typing import BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dataset import atomic
+from dataset import DataError, atomic
 from dataset.windows import no_pixel_limit
 from util.errors import ConfigError
 
@@ -24,6 +26,7 @@ TABLE_HEADER = (
 )
 TIFF_SOFTWARE, TIFF_DESCRIPTION = 305, 270
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+NAME_LIMIT = 255 - len("..part")  # bytes, so that a temporary name fits into the 255 of file systems
 
 
 def check_suffix(option: str, path: str | Path, allowed: Iterable[str]) -> None:
@@ -70,18 +73,21 @@ def is_own(path: str | Path) -> bool:
 def read_mark(path: str | Path) -> str | None:
     """What the file was made of, as `mark` was told it; None for a file that no tool of this project wrote."""
     path = Path(path)
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".npz":
+        if suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return _marked(archive.comment)
-        if path.suffix == ".pt2":
+        if suffix == ".pt2":
             with zipfile.ZipFile(path) as archive:
                 name = next(name for name in archive.namelist() if name.endswith("/metadata.json"))
                 return "" if json.loads(archive.read(name)).get("tool") == MARK else None
-        if path.suffix in (".html", ".json", ".csv", ".txt", ".onnx"):
+        if suffix in (".html", ".json", ".csv", ".txt", ".onnx", ".png"):
             with open(path, "rb") as file:
                 head = file.read(500)
-            return "" if MARK.encode() in head or head.startswith(TABLE_HEADER.encode()) else None
+            marked = MARK.encode() in head or head.startswith(TABLE_HEADER.encode())
+            if suffix != ".png" or not marked:  # of a folder of PNGs none is taken apart in vain
+                return "" if marked else None
         with no_pixel_limit(), Image.open(path) as image:  # the header alone; nothing is decoded
             if image.info.get("Software") == MARK:
                 return image.info.get(FINGERPRINT, "")
@@ -127,11 +133,18 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what takes the place of `path` once it is complete; its folder is made. Raises ConfigError.
 
-    The name is always the same, so that a run that continues a killed one leaves nothing behind.
+    The name is always the same, so that a run that continues a killed one leaves nothing behind. A name that is too
+    long is a DataError: others may not be.
     """
+    name = path.name
+    if len(os.fsencode(name)) > NAME_LIMIT:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path, temporary=path.with_name(f".{path.name}.part")) as temporary:
+        temporary = path.with_name(f".{name}.part")
+        temporary.unlink(missing_ok=True)  # of a killed run; or a link, whose target is nobody's to write to
+        with atomic.replacing(path, temporary=temporary):
             yield temporary
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+        kind = DataError if error.errno == errno.ENAMETOOLONG else ConfigError
+        raise kind(f"{path}: cannot be written: {error.strerror or error}") from None
