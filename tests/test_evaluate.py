@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.transform import normalize
+from scripts import evaluate as script
 from scripts.benchmark import naive
 from tests.helpers import make_model
 from tests.reference import formulas
@@ -86,6 +88,29 @@ def test_evaluation_gives_the_reference_figures(name, reference_model, reference
     reference_model.cpu()
     assert result.iou.tolist() == pytest.approx(FIGURES["evaluate"][name]["iou"], rel=1e-4, abs=1e-9)
     assert result.miou == pytest.approx(FIGURES["evaluate"][name]["mIoU"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["original/48", "sliding_window/48"])
+def test_a_checkpoint_of_the_release_through_the_script_gives_the_reference_figure(
+    name, reference_model, reference_samples, tmp_path, monkeypatch, capsys
+):
+    """The images are floats: no file holds them. All else is as a user of the release has it."""
+    state = {f"module.{key}": value.float() for key, value in reference_model.state_dict().items()}
+    rest = {"optimizer": {"state": {}, "param_groups": []}, "epoch": 79, "previous_best": np.float64(74.52)}
+    torch.save({"model": state, **rest}, tmp_path / "best.pth")
+    samples = [(image[0].float(), label[0]) for image, label in reference_samples]
+    (tmp_path / "val.txt").write_text("".join(f"{i}.jpg {i}.png\n" for i in range(len(samples))))
+    monkeypatch.setattr(script, "ValDataset", lambda *_: samples)
+    mode, crop_size = name.split("/")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"{{dataset: mini, data_root: {tmp_path}, nclass: 19, classes: {list('abcdefghijklmnopqrs')}}}")
+    keys = {"val_id_path": tmp_path / "val.txt", "backbone": "resnet50", "crop_size": crop_size, "eval_mode": mode}
+    keys |= {"epochs": 1, "batch_size": 2, "lr": 0.1, "device": "cpu", "workers": 0, "check_data": "false"}
+    settings = [f"{key}={value}" for key, value in keys.items()]
+    script.main(["--config", str(config), "--checkpoint", str(tmp_path / "best.pth"), "--set", *settings])
+    shown = re.search(r"mIoU +([0-9.]+)$", capsys.readouterr().out, flags=re.M)[1]
+    assert float(shown) == round(FIGURES["evaluate"][name]["mIoU"], 2)
 
 
 # Windows and crops
