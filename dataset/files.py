@@ -96,7 +96,7 @@ def open_label(path: str | Path, colors: LabelColors | None = None) -> Iterator[
                 f"{path}: the label is a {label.mode} image; expected one channel of class indices{hint}",
                 "labels that are not one channel of class indices",
             )
-        if label.tile and re.search(r"^'?[1L];\d?IR?\b", _decoder_mode(label)):
+        if label.tile and re.search(r"^[1L];\d?IR?\b", _decoder_mode(label)):
             raise DataError(
                 f"{path}: a {label.format} file whose value 0 is white, so that its values are read inverted: store it "
                 "with 0 as black (PhotometricInterpretation 1), or as PNG",

@@ -131,12 +131,7 @@ def inspect_lists(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
         work = functools.partial(
-            inspect_sample,
-            root=root,
-            nclass=len(classes),
-            label_map=label_map,
-            label_colors=label_colors,
-            bands=bands,
+            inspect_sample, root=root, nclass=len(classes), label_map=label_map, label_colors=label_colors, bands=bands
         )
         looks = dict(zip(samples, progress(_map(work, samples, workers), len(samples)), strict=True))
     findings = [finding for look in looks.values() for finding in look.findings]
