@@ -27,11 +27,11 @@ def test_what_an_encoding_lacks_is_written_in_ascii():
     assert stream.buffer.getvalue() == "naïve \\u0444\\u043e\\u043d \\udce4\n".encode("cp1252")
 
 
-def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch, capsys):
+def test_progress_is_a_line_after_ten_seconds_and_then_every_minute_where_there_is_no_terminal(monkeypatch, capsys):
     seconds = iter(range(0, 1000, 25))
     monkeypatch.setattr(screen.time, "monotonic", lambda: next(seconds))
     assert list(show_progress("checking data", "samples", iter("abcdef"), 6)) == list("abcdef")
-    assert capsys.readouterr().err == "checking data: 3 of 6 samples\nchecking data: 6 of 6 samples\n"
+    assert capsys.readouterr().err == "checking data: 1 of 6 samples\nchecking data: 4 of 6 samples\n"
 
 
 class Broken(io.StringIO):

@@ -63,13 +63,13 @@ def steady_output() -> Iterator[None]:
 
 
 def show_progress(what: str, unit: str, items: Iterator[Any], total: int) -> Iterator[Any]:
-    """The items; meanwhile a bar on a terminal, else a line a minute, and nothing for what takes seconds."""
+    """The items; meanwhile a bar on a terminal, else a line after 10 s and then every minute."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=what, unit=unit, delay=3, leave=False, dynamic_ncols=True)
         return
-    told = time.monotonic()
+    due = time.monotonic() + 10
     for number, item in enumerate(items, 1):
-        if time.monotonic() - told >= 60:
-            told = time.monotonic()
+        if (now := time.monotonic()) >= due:
+            due = now + 60
             print(f"{what}: {number} of {total} {unit}", file=sys.stderr, flush=True)
         yield item
