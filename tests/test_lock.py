@@ -15,7 +15,7 @@ import pytest
 
 from model import read_checkpoint
 from tests.helpers import PROJECT_ROOT
-from util import lock
+from util import checkpoint, lock
 from util.checkpoint import copy_checkpoint, save_checkpoint, writing
 from util.errors import SavePathError
 from util.lock import LOCK_FILE, check_lock, locked, release
@@ -168,6 +168,23 @@ def test_a_run_whose_lock_was_taken_over_writes_nothing_more(tmp_path, in_place)
         assert read_checkpoint(best) == {"weights": 1}
     assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == 77  # the other one's lock stays
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", LOCK_FILE]
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_a_run_that_loses_its_lock_while_it_saves_removes_nothing_of_the_other_ones(tmp_path, monkeypatch, keep_last):
+    save_checkpoint({"epoch": 1}, tmp_path / "midway.pth")
+    save_checkpoint({"epoch": 1}, tmp_path / "epoch-0001.pth")
+    last, copies = ("epoch-0002.pth" if keep_last else "latest.pth"), checkpoint.copy_checkpoint
+
+    def save_and_lose(*arguments):
+        copies(*arguments)
+        if arguments[1].name == last:
+            (tmp_path / LOCK_FILE).unlink()
+
+    monkeypatch.setattr(checkpoint, "copy_checkpoint", save_and_lose)
+    with locked(tmp_path), pytest.raises(SavePathError, match="took over"):
+        checkpoint.save_epoch({"epoch": 2}, tmp_path, True, keep_last)
+    assert (tmp_path / "midway.pth").exists() and (tmp_path / "epoch-0001.pth").exists()
 
 
 def test_a_suspended_run_that_lost_its_lock_logs_nothing_more(tmp_path):

@@ -69,8 +69,10 @@ def save_epoch(state: Mapping[str, Any], save_path: Path, improved: bool, keep_l
         save_checkpoint(state, latest)
     if keep_last:
         copy_checkpoint(latest, save_path / EPOCHS.replace("*", f"{state['epoch']:04}"))
+        check_lock(save_path)
         for old in epoch_files(save_path)[:-keep_last]:
             _remove(old)
+    check_lock(save_path)  # else it is another run's
     _remove(save_path / MID_EPOCH)
 
 
