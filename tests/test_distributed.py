@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -405,13 +406,47 @@ def test_a_fault_of_one_process_ends_the_others_and_one_tells_why(tmp_path, faul
         assert member.exitcode == status or status is None
 
 
+class OneReport:
+    """A store in which the first report stays."""
+
+    report = None
+
+    def set_first(self, key: str, value: str) -> str:
+        self.report = self.report or value
+        return self.report
+
+
+def _watchdog(rank: int, machine: str, local_rank: int = 0) -> faults.Watchdog:
+    watchdog = object.__new__(faults.Watchdog)  # without a store of its own
+    watchdog._rank, watchdog._machine, watchdog._prefix = rank, machine, ""
+    watchdog._speaks_here, watchdog._telling = local_rank == 0, threading.Lock()
+    return watchdog
+
+
 def test_a_machine_shows_the_failure_of_a_process_elsewhere(capsys):
     """Under torchrun each has a terminal of its own; of its processes one speaks."""
     for machine, local_rank in (("1", 0), ("1", 1), ("0", 0)):
-        watchdog = object.__new__(faults.Watchdog)  # without a store
-        watchdog._machine, watchdog._speaks_here = machine, local_rank == 0
-        watchdog._tell_here(faults.Report(0, "0", "process 0: images/7.jpg: truncated"))
+        _watchdog(9, machine, local_rank)._tell_here(faults.Report(0, "0", "process 0: images/7.jpg: truncated"))
     assert capsys.readouterr().err == "error: process 0: images/7.jpg: truncated\n"
+
+
+def test_of_three_machines_that_miss_a_fourth_each_shows_a_line_once(capsys):
+    """All of them notice it; the first one's report is the one to show."""
+    store = OneReport()
+    first, same, second, third = (_watchdog(*place) for place in ((0, "a"), (1, "a", 1), (2, "b"), (3, "c")))
+    assert first._report("process 4 is gone", store)  # and shows it itself
+    for watchdog in (same, second, second, third):  # by its thread, and by the operation that waits
+        assert not watchdog._report("process 4 hangs", store)
+    assert capsys.readouterr().err == "error: process 0: process 4 is gone\n" * 2
+
+
+def test_machines_are_told_apart_by_their_names_without_torchrun_and_srun(environment, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    assert faults._machine() == "0"  # srun, which has one terminal
+    environment["RANK"] = "1"
+    assert faults._machine() == "node7"
+    environment.update(TORCHELASTIC_USE_AGENT_STORE="True", GROUP_RANK="3")
+    assert faults._machine() == "3"
 
 
 def _maxima(rank: int, count: int) -> list[int]:

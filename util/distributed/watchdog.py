@@ -8,6 +8,7 @@ process that is gone, not even inside a GPU's collective operation, which no exc
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -43,12 +44,12 @@ class Watchdog:
         self._rank, self._count, self._seconds = processes.rank, processes.count, seconds
         # Without the store nobody can agree on who reports: then one process of each machine does.
         self._speaks_alone = processes.local_rank == 0 or (processes.rank == 1 and not launcher_keeps_store())
-        # torchrun on several machines: each has a terminal of its own, and gets a line of its own.
-        self._machine = os.environ.get("GROUP_RANK", "0") if launcher_keeps_store() else "0"
+        # Without srun each machine has a terminal of its own, and gets a line of its own.
+        self._machine = _machine()
         self._speaks_here = processes.local_rank == 0
         self._on_failure = on_failure
         self._closing, self._stopped, self._failed = (threading.Event() for _ in range(3))
-        self._ending = threading.Lock()
+        self._ending, self._telling = threading.Lock(), threading.Lock()
         # Connections of its own, one for each thread: torch's is taken while a collective operation is set up.
         self._thread_store = BoundedStore(*master_address(), seconds)
         self._store = BoundedStore(*master_address(), max(ANSWER, min(seconds, 30)))
@@ -122,9 +123,12 @@ class Watchdog:
         return error if first else Silenced(error_line(error))
 
     def _report(self, line: str, store: BoundedStore | None = None) -> bool:
-        """Report a failure to the others; whether it is the first one."""
+        """Report a failure to the others; whether it is the first one. Otherwise that one is shown on this machine."""
         line = f"{self._rank}:{self._machine}:{line}"
-        return (store or self._store).set_first(self._prefix + "report", line) == line
+        first = (store or self._store).set_first(self._prefix + "report", line)
+        if first != line:
+            self._tell_here(_parse(first))
+        return first == line
 
     def _missing(self) -> str:
         """Which processes the others waited for in vain: those that have not lost a connection themselves."""
@@ -147,14 +151,12 @@ class Watchdog:
 
     def _read_report(self, store: BoundedStore) -> Report | None:
         """The failure that is reported."""
-        if (text := store.get(self._prefix + "report")) is None:
-            return None
-        rank, machine, line = text.split(":", 2)
-        return Report(int(rank), machine, f"process {rank}: {line}")
+        text = store.get(self._prefix + "report")
+        return None if text is None else _parse(text)
 
     def _tell_here(self, report: Report) -> None:
-        """Show another machine's failure on this one's terminal."""
-        if self._speaks_here and report.machine != self._machine:
+        """Show another machine's failure on this one's terminal, once."""
+        if self._speaks_here and report.machine != self._machine and self._telling.acquire(blocking=False):
             print(f"error: {report.line}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
@@ -213,6 +215,19 @@ class Watchdog:
             self._on_failure(line)
         finally:
             os._exit(EXIT_STOPPED if speak else EXIT_CONSEQUENCE)
+
+
+def _machine() -> str:
+    """What tells this machine's terminal apart: torchrun's number of it, or its name; srun has one terminal for all."""
+    if launcher_keeps_store():
+        return os.environ.get("GROUP_RANK", "0")
+    return socket.gethostname() if os.environ.get("RANK") else "0"
+
+
+def _parse(text: str) -> Report:
+    """A report as it is in the store."""
+    rank, machine, line = text.split(":", 2)
+    return Report(int(rank), machine, f"process {rank}: {line}")
 
 
 def _some(ranks: list[int]) -> str:
