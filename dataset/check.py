@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def check_samples(
     two_ways, first, labels, deep = [], None, 0, None  # nothing that grows with the list
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
         how = (root, nclass, label_map or {}, label_colors, bands)
-        checked = _map(pool, lambda sample: _check_sample(sample, *how), samples)
+        checked = bounded_map(pool, lambda sample: _check_sample(sample, *how), samples)
         for sample, (values, shown, upper_bits) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
             if not two_ways and can_be_read_two_ways(values, shown, nclass, label_map):
@@ -70,12 +70,12 @@ def check_samples(
     return deep
 
 
-def _map(pool: ThreadPoolExecutor, work: Callable[[Sample], Any], samples: Sequence[Sample]) -> Iterator[Any]:
+def bounded_map(pool: Executor, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """The results in order. Few are asked for in advance: a million pending ones take 1.6 GB."""
     pending: deque[Future] = deque()
     try:
-        for sample in samples:
-            pending.append(pool.submit(work, sample))
+        for item in items:
+            pending.append(pool.submit(work, item))
             if len(pending) > 1024:
                 yield pending.popleft().result()
         while pending:

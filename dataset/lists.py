@@ -193,7 +193,7 @@ def find_unlabeled(
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
     elif folder.is_dir():
         names = images_in(folder, Path(data_root), left_out, suffixes, is_prediction)
-        images = Samples.of(Sample(image, None) for image in names)
+        images = Samples.of(Sample(name, None) for name in names)
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
     root = os.path.abspath(data_root)
@@ -215,43 +215,61 @@ def images_in(
     left_out: list[str] | None = None,
     suffixes: Set[str] = IMAGE_SUFFIXES,
     is_prediction: Callable[[Path], bool] = lambda path: False,
-) -> list[str]:
+) -> Iterator[str]:
     """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none.
 
     Links to folders are followed, but not back into a folder that leads there; what is hidden is left out, and so are
     the files of which `is_prediction`, which is asked of the images in PREDICTION_SUFFIXES. `left_out` gets the paths
     of all else: hidden folders and images, links that lead back, files of other kinds, predictions.
     """
-    found, left_out = [], [] if left_out is None else left_out
-    around = Path(os.path.realpath(folder)).parents
-    # A folder, and what it lies in: (device, number) of each folder.
-    waiting = [(str(folder), tuple((status.st_dev, status.st_ino) for status in map(os.stat, around)))]
-    while waiting:
-        directory, above = waiting.pop()
-        relative = Path(os.path.relpath(directory, root)).as_posix()
-        try:
-            status = os.stat(directory)
-            place = (status.st_dev, status.st_ino)
-            if place in above:
-                left_out.append(f"{relative}/")
-                continue
-            with os.scandir(directory) as entries:
-                listed = [(entry.name, entry.is_dir(), entry.is_file() or entry.is_symlink()) for entry in entries]
-        except OSError as error:
-            raise DataError(f"{directory}: this folder cannot be read: {error.strerror}") from None
-        for name, is_folder, is_file in listed:
-            path = posixpath.normpath(f"{relative}/{name}")
-            if is_folder and not is_hidden(f"{name}/"):
-                waiting.append((os.path.join(directory, name), (*above, place)))
-            elif not is_folder and is_file and is_image(name, suffixes):  # opening a pipe would wait for ever
-                may_be = name.lower().endswith(PREDICTION_SUFFIXES)
-                own = may_be and is_prediction(Path(directory, name))
-                (left_out if own else found).append(path)
-            else:
-                left_out.append(f"{path}/" if is_folder else path)
-    if not found:
+
+    def takes(directory: str, name: str) -> bool:
+        may_be = name.lower().endswith(PREDICTION_SUFFIXES)
+        return is_image(name, suffixes) and not (may_be and is_prediction(Path(directory, name)))
+
+    leave_out = (lambda path: None) if left_out is None else left_out.append
+    above = tuple((status.st_dev, status.st_ino) for status in map(os.stat, Path(os.path.realpath(folder)).parents))
+    images = _images_below(str(folder), Path(os.path.relpath(folder, root)).as_posix(), above, takes, leave_out)
+    first = next(images, None)
+    if first is None:
         raise DataError(f"{folder}: no image in this folder ({', '.join(sorted(suffixes))})")
-    return sorted(found)
+    yield first
+    yield from images
+
+
+def _images_below(
+    directory: str,
+    relative: str,
+    above: tuple[tuple[int, int], ...],
+    takes: Callable[[str, str], bool],
+    leave_out: Callable[[str], None],
+) -> Iterator[str]:
+    """The images in a folder, in order; `above` has the device and number of each folder that it lies in."""
+    names = []  # those of folders end in a slash: so names in order give paths in order
+    try:
+        status = os.stat(directory)
+        if (place := (status.st_dev, status.st_ino)) in above:
+            leave_out(f"{relative}/")
+            return
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                name, is_folder = entry.name, entry.is_dir()
+                if is_folder and not is_hidden(f"{name}/"):
+                    names.append(f"{name}/")
+                # Opening a pipe would wait for ever.
+                elif not is_folder and (entry.is_file() or entry.is_symlink()) and takes(directory, name):
+                    names.append(name)
+                else:
+                    leave_out(posixpath.normpath(f"{relative}/{name}") + "/" * is_folder)
+    except OSError as error:
+        raise DataError(f"{directory}: this folder cannot be read: {error.strerror}") from None
+    names.sort(reverse=True)
+    while names:  # a name that is used takes no memory any more
+        path = posixpath.normpath(f"{relative}/{(name := names.pop())}")
+        if name.endswith("/"):
+            yield from _images_below(os.path.join(directory, name[:-1]), path, (*above, place), takes, leave_out)
+        else:
+            yield path
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.files import IGNORE_INDEX, limit_image_pixels
-from dataset.lists import read_list
+from dataset.lists import Sample, read_list
 from dataset.loader import default_workers
 from dataset.prepare.audit import ERROR, LEVELS, WARNING, Inspection, inspect_lists
 from dataset.prepare.statistics import channel_statistics
@@ -103,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output) if args.output else None
     if output:
         given = (args.config, args.labeled_id_path, args.unlabeled_id_path, cfg.unlabeled_id_path, cfg.val_id_path)
-        files = [resolve_path(path) for path in given if path]
-        files += [data_root / name for sample in (*labeled, *unlabeled, *val) for name in sample if name]
-        check_targets([output / REPORT, output / CHART], [("input", path) for path in files])
+        read = (data_root / name for sample in chain(labeled, unlabeled, val) for name in sample if name)
+        files = chain((resolve_path(path) for path in given if path), read)
+        check_targets([output / REPORT, output / CHART], (("input", path) for path in files))
         _make_folder(output)
     inspection = inspect_lists(
         labeled,
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     verdict = _verdict(inspection, args.strict)
     print("\n\n".join([title, format_findings(inspection, args.show), table, verdict]))
     if args.channel_statistics:
-        print(_statistics_lines(cfg, [data_root / sample.image for sample in (*labeled, *unlabeled)]))
+        print(_statistics_lines(cfg, data_root, labeled, unlabeled))
     if output:
         shares = class_shares(inspection, cfg.nclass)
         drawn = bool(shares) and has_matplotlib()
@@ -141,9 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _statistics_lines(cfg: Config, paths: Sequence[Path]) -> str:
+def _statistics_lines(cfg: Config, data_root: Path, *lists: Sequence[Sample]) -> str:
     """`mean` and `std` as lines for the config."""
-    bar = tqdm(paths, "channel statistics", unit="image", disable=None)
+    paths = (data_root / sample.image for sample in chain(*lists))
+    bar = tqdm(paths, "channel statistics", sum(map(len, lists)), unit="image", disable=None)
     found = channel_statistics(bar, cfg.channels, cfg.bands)
     if found is None:
         return "\nno channel statistics: there is no readable training image"

@@ -2,9 +2,11 @@
 
 import errno
 import io
+import itertools
 import os
 import re
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from dataset.check import check_samples
 from dataset.files import read_image
 from dataset.lists import Sample, read_list
 from dataset.prepare import audit as inspection
-from dataset.prepare.audit import inspect_lists, jpeg_complaint
+from dataset.prepare.audit import inspect_lists
+from dataset.prepare.jpeg import jpeg_complaint
+from dataset.samples import Samples
 from scripts import check_data
 from tests.faults import (
     ERRORS,
@@ -473,6 +477,22 @@ def test_only_validation_images_are_checked_without_other_lists(data, capsys):
     output = capsys.readouterr().out
     assert output.startswith("tiny: 0 labelled, 0 unlabelled and 2 validation images")
     assert "labelled   images" not in output
+
+
+def test_the_check_keeps_few_bytes_of_each_sample(tmp_path, monkeypatch):
+    numbers = itertools.count(1)
+
+    def look(*_, **__):
+        return inspection.Look([], next(numbers).to_bytes(16, "little"), (40, 32), np.ones(256, np.int64))
+
+    monkeypatch.setattr(inspection, "inspect_sample", look)
+    samples = Samples.of(Sample(f"{k}.jpg", f"{k}.png") for k in range(5000))
+    tracemalloc.start()
+    found = inspect_lists([], [], samples, tmp_path, ["a"], 32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 * len(samples)
+    assert found.pixels["validation"].tolist() == [5000] * 256
 
 
 def die(*_, **__):

@@ -205,7 +205,7 @@ def folder_with_all_kinds(root):
 
 def test_a_walk_finds_images_and_nothing_hidden_nor_twice(tmp_path):
     expected, left_out = folder_with_all_kinds(tmp_path / "images"), []
-    assert images_in(tmp_path / "images", tmp_path / "images", left_out) == ["a.jpg", "real/b.PNG"]
+    assert list(images_in(tmp_path / "images", tmp_path / "images", left_out)) == ["a.jpg", "real/b.PNG"]
     assert set(left_out) == expected and len(left_out) == len(expected)
 
 
@@ -216,7 +216,17 @@ def test_links_to_other_folders_are_followed(tmp_path):
     root = tmp_path / ".hidden/images"
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "a.jpg").symlink_to(tmp_path / "elsewhere/part/b.jpg")
-    assert images_in(root, root) == ["a.jpg", "link/part/b.jpg"]
+    assert list(images_in(root, root)) == ["a.jpg", "link/part/b.jpg"]
+
+
+def test_images_of_nested_folders_come_one_by_one_in_the_order_of_their_paths(tmp_path):
+    names = ["b/z.jpg", "b.jpg", "b-c/a.jpg", "b/a/c.jpg", "b/a.jpg", "b/a0.jpg", "B.jpg", "ü/a.jpg", "b0.jpg", "a.jpg"]
+    for name in names:
+        (tmp_path / "pool" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pool" / name).write_bytes(b"")
+    images = images_in(tmp_path / "pool", tmp_path)
+    assert next(images) == "pool/B.jpg"  # no list of all
+    assert ["pool/B.jpg", *images] == sorted(f"pool/{name}" for name in names)
 
 
 def test_a_folder_that_cannot_be_read_is_named_not_passed_over(tmp_path, monkeypatch):
@@ -230,7 +240,7 @@ def test_a_folder_that_cannot_be_read_is_named_not_passed_over(tmp_path, monkeyp
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    message = complaint(images_in, tmp_path / "images", tmp_path)
+    message = complaint(lambda: list(images_in(tmp_path / "images", tmp_path)))
     assert message == f"{tmp_path}/images/locked: this folder cannot be read: Permission denied"
     assert complaint(list, walk(tmp_path / "images")) == message
 

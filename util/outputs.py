@@ -40,8 +40,10 @@ def check_targets(targets: Iterable[str | Path], sources: Iterable[tuple[str, st
 
     Files are compared by identity: neither another spelling of the path nor a link hides a file.
     """
-    known = {key: (kind, path) for kind, path in sources if (key := identity(path))}
-    for target in map(Path, targets):
+    targets = [Path(target) for target in targets]
+    existing = {identity(target) for target in targets} - {None}  # few, where the sources may be millions
+    known = {key: (kind, path) for kind, path in sources if (key := identity(path)) in existing}
+    for target in targets:
         key = identity(target)
         if key in known:
             kind, path = known[key]

@@ -1,6 +1,6 @@
 """The thorough look at a run's lists: every file decoded, every fault kept, the pixels of each class counted.
 
-`dataset.files.check_samples` is the quick one at the start of a run, which stops at the first fault; both share what
+`dataset.check.check_samples` is the quick one at the start of a run, which stops at the first fault; both share what
 they say about a sample.
 """
 
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import re
+import itertools
 import signal
-import sys
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,15 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import io as torchvision_io
 
 from dataset.bands import Bands, read_bands
-from dataset.check import TWO_WAYS, can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
+from dataset.check import TWO_WAYS, bounded_map, can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
 from dataset.errors import DataError
 from dataset.files import (
     IGNORE_INDEX,
@@ -41,7 +37,9 @@ from dataset.files import (
     read_label,
 )
 from dataset.handover import check_temporary_folder, starting
-from dataset.lists import Progress, Sample, is_hidden, location, no_progress, shared_images
+from dataset.lists import Progress, Sample, is_hidden, no_progress, shared_images
+from dataset.prepare.duplicates import UNREAD, copies, repetitions
+from dataset.prepare.jpeg import jpeg_complaint
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 
@@ -127,39 +125,71 @@ def inspect_lists(
     check_root(root)
     check_temporary_folder()
     lists = {"labelled": labeled, "unlabelled": unlabeled, "validation": val}
-    samples = list(dict.fromkeys(sample for listed in lists.values() for sample in listed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
         work = functools.partial(
             inspect_sample, root=root, nclass=len(classes), label_map=label_map, label_colors=label_colors, bands=bands
         )
-        looks = dict(zip(samples, progress(_map(work, samples, workers), len(samples)), strict=True))
-    findings = [finding for look in looks.values() for finding in look.findings]
+        looks = _map(work, itertools.chain.from_iterable(lists.values()), workers)
+        looks = iter(progress(looks, sum(map(len, lists.values()))))
+        findings, totals = [], {}
+        for name, listed in lists.items():
+            totals[name] = _Totals(label_map, crop_size)
+            for sample, look in zip(listed, looks, strict=False):  # the other lists' looks follow
+                findings += look.findings
+                totals[name].add(sample, look)
+        next(looks, None)  # ends the progress
     pixels, images = {}, {}
-    for name, listed in lists.items():
-        found = [(sample, looks[sample].pixels) for sample in listed if looks[sample].pixels is not None]
-        if not found:
+    for name, total in totals.items():
+        if not total.labels:
             continue
-        counts = np.stack([counts for _, counts in found])
-        values = set(np.flatnonzero(counts.any(0)).tolist())
-        if fault := mask_fault(root / found[0][0].label, len(found), values, label_map):
+        if fault := mask_fault(root / total.first, total.labels, total.values, label_map):
             findings.append(_error(fault))
-        if fault := mixed_fault([root / sample.label for sample in listed if looks[sample].two_ways], values):
+        if fault := mixed_fault([root / label for label in total.two_ways], total.values):
             findings.append(_error(fault))
-        mapped = _mapped(counts, label_map)
-        pixels[name], images[name] = mapped.sum(0), (mapped > 0).sum(0)
+        pixels[name], images[name] = total.pixels, total.images
         findings += _absent_classes(name, pixels[name], classes)
-    findings += _repetitions(lists, root)
+    for name, listed in lists.items():
+        findings += [_repetition(name, path, labels) for path, labels in repetitions(listed, root)]
     findings += overlaps(labeled, unlabeled, val, root)
     for name, listed in lists.items():
         kind = f"{name} images that are hidden or in a hidden folder: {HIDDEN}"
         findings += [Finding(WARNING, kind, sample.image) for sample in listed if is_hidden(sample.image)]
-    findings += _copies(lists, looks, root)
-    sizes = [look.size for listed in (labeled, unlabeled) for look in map(looks.get, listed) if look.size]
-    if small := sum(min(size) < crop_size for size in sizes):
-        message = f"{small} of {len(sizes)} have a side shorter than {crop_size} pixels"
+    findings += map(_copy, copies(lists, b"".join(total.digests for total in totals.values()), root))
+    trained = totals["labelled"], totals["unlabelled"]
+    if small := sum(total.small for total in trained):
+        sized = sum(total.sized for total in trained)
+        message = f"{small} of {sized} have a side shorter than {crop_size} pixels"
         findings.append(Finding(NOTE, SMALL, message))
     return Inspection(list(dict.fromkeys(findings)), pixels, images)
+
+
+class _Totals:
+    """What is kept of a list's looks: sums, and a digest for each image."""
+
+    def __init__(self, label_map: Mapping[int, int] | None, crop_size: int) -> None:
+        self._label_map, self._crop_size = label_map or {}, crop_size
+        self.pixels, self.images = np.zeros(256, np.int64), np.zeros(256, np.int64)  # of values after label_map
+        self.values: set[int] = set()  # before it
+        self.labels = self.small = self.sized = 0
+        self.first, self.two_ways = "", []  # labels: the first one, the first that can be read two ways
+        self.digests = bytearray()
+
+    def add(self, sample: Sample, look: Look) -> None:
+        self.digests += look.digest or UNREAD
+        if look.size:
+            self.sized += 1
+            self.small += min(look.size) < self._crop_size
+        if look.two_ways and not self.two_ways:
+            self.two_ways = [sample.label]
+        if look.pixels is None:
+            return
+        self.labels, self.first = self.labels + 1, self.first or sample.label
+        found = np.flatnonzero(look.pixels).tolist()
+        self.values.update(found)
+        mapped = [self._label_map.get(value, value) for value in found]
+        np.add.at(self.pixels, mapped, look.pixels[found])
+        self.images[list(set(mapped))] += 1
 
 
 def overlaps(
@@ -249,53 +279,25 @@ def _traits(image: Image.Image) -> list[tuple[str, str, str]]:
     return traits
 
 
-def jpeg_complaint(data: bytes) -> str | None:
-    """What libjpeg says about a damaged JPEG file that it decodes all the same; None if nothing, or for other formats.
-
-    Pillow drops these lines, torchvision lets the library print them to the process's standard error, where they are
-    caught; so a process must do one image at a time.
-    """
-    decode_jpeg = getattr(torchvision_io, "decode_jpeg", None)  # deprecated: later versions will lack it
-    if data[:2] != b"\xff\xd8" or decode_jpeg is None:
-        return None
-    caught = _catcher(os.getpid())
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    os.dup2(caught.fileno(), 2)
-    try:
-        decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision_io.ImageReadMode.GRAY)
-    except RuntimeError:  # a JPEG that torchvision does not know, or no libjpeg: no complaint of the data
-        pass
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        caught.seek(0)
-        text = caught.read().decode(errors="replace")
-        caught.seek(0)
-        caught.truncate()
-    lines = re.findall(r"^(?:Corrupt JPEG data|Premature end of JPEG).*", text, re.MULTILINE)
-    return lines[0].strip() if lines else None
-
-
-@functools.lru_cache(maxsize=1)
-def _catcher(process: int) -> IO[bytes]:
-    """A file of this process; one taken over from its parent would have a position in common with other processes."""
-    return tempfile.TemporaryFile()
-
-
-def _map(work: Callable[[Sample], Look], samples: Sequence[Sample], workers: int) -> Iterator[Look]:
+def _map(work: Callable[[Sample], Look], samples: Iterator[Sample], workers: int) -> Iterator[Look]:
     if workers <= 1:
         yield from map(work, samples)
         return
+    several = iter(lambda: list(itertools.islice(samples, 8)), [])  # a message for each would take longer
     with starting("checking processes"):
         pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(image_pixel_limit(),))
-        looks = pool.map(work, samples, chunksize=8)
+        pool.submit(int)
     try:
-        yield from looks
+        for looks in bounded_map(pool, functools.partial(_look_at, work), several):
+            yield from looks
     except BrokenProcessPool:
         raise DataError("a checking process was killed, perhaps for want of memory; fewer workers need less") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _look_at(work: Callable[[Sample], Look], samples: list[Sample]) -> list[Look]:
+    return [work(sample) for sample in samples]
 
 
 def _start_worker(max_image_pixels: int) -> None:
@@ -305,42 +307,18 @@ def _start_worker(max_image_pixels: int) -> None:
     torch.set_num_threads(1)
 
 
-def _mapped(counts: np.ndarray, label_map: Mapping[int, int] | None) -> np.ndarray:
-    """Counts (N, 256) of the values that `label_map` makes of them."""
-    mapped = np.zeros_like(counts)
-    for value in np.flatnonzero(counts.any(0)).tolist():
-        mapped[:, (label_map or {}).get(value, value)] += counts[:, value]
-    return mapped
-
-
 def _absent_classes(name: str, pixels: np.ndarray, classes: Sequence[str]) -> list[Finding]:
     level, effect = (WARNING, "never learnt from a label") if name == "labelled" else (NOTE, "not part of mIoU")
     kind = f"classes without a pixel in the {name} list: {effect}"
     return [Finding(level, kind, f"{i} {label}") for i, label in enumerate(classes) if not pixels[i]]
 
 
-def _repetitions(lists: Mapping[str, Sequence[Sample]], root: Path) -> Iterator[Finding]:
-    """Images that a list names more than once."""
-    for name, listed in lists.items():
-        labels = defaultdict(list)
-        for sample in listed:
-            labels[location(root, sample.image)].append(sample.label)
-        for path, named in labels.items():
-            if len(named) > 1:
-                differ = ", with different labels" if len(set(named)) > 1 else ""
-                yield Finding(WARNING, TWICE, f"{path}: {len(named)} times in the {name} list{differ}")
+def _repetition(name: str, path: str, labels: Sequence[str | None]) -> Finding:
+    differ = ", with different labels" if len(set(labels)) > 1 else ""
+    return Finding(WARNING, TWICE, f"{path}: {len(labels)} times in the {name} list{differ}")
 
 
-def _copies(lists: Mapping[str, Sequence[Sample]], looks: Mapping[Sample, Look], root: Path) -> Iterator[Finding]:
-    """Images whose files hold the same bytes under different paths."""
-    named: dict[bytes, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name, listed in lists.items():
-        for sample in dict.fromkeys(listed):
-            if digest := looks[sample].digest:
-                named[digest][location(root, sample.image)].append(name)
-    for paths in named.values():
-        if len(paths) < 2:
-            continue
-        names = {name for group in paths.values() for name in group}
-        kind = LEAKED_COPIES if "validation" in names and len(names) > 1 else COPIES
-        yield Finding(WARNING, kind, " = ".join(f"{path} ({', '.join(group)})" for path, group in paths.items()))
+def _copy(paths: Mapping[str, Sequence[str]]) -> Finding:
+    names = {name for group in paths.values() for name in group}
+    kind = LEAKED_COPIES if "validation" in names and len(names) > 1 else COPIES
+    return Finding(WARNING, kind, " = ".join(f"{path} ({', '.join(group)})" for path, group in paths.items()))
