@@ -162,6 +162,10 @@ if [ "$status" -eq 138 ] && [ -z "$saved" ]; then # ended by SIGUSR1 before anyt
 fi
 if [ "$status" -eq 138 ]; then # ended by SIGUSR1, after saving
     echo "saved before the time limit; job $SLURM_JOB_ID queues itself again" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    for pause in 5 10 20 30 ''; do # a busy controller may not answer in time
+        scontrol requeue "$SLURM_JOB_ID" && exit "$status"
+        [ -z "$pause" ] || sleep "$pause"
+    done
+    echo "error: job $SLURM_JOB_ID could not queue itself again; submitted anew, it continues from what was saved" >&2
 fi
 exit "$status"

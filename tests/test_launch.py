@@ -739,6 +739,18 @@ def test_a_batch_job_that_was_saved_before_its_time_limit_queues_itself_again(jo
     assert "job 77 queues itself again" in result.stderr
 
 
+@pytest.mark.parametrize("failures", [1, 9])
+def test_a_batch_job_tries_again_where_the_controller_does_not_answer(job, tmp_path, failures):
+    write(tmp_path / "bin/scontrol", f"""#!/bin/sh
+echo "$*" >>'{tmp_path}/scontrol.told'
+[ "$(wc -l <'{tmp_path}/scontrol.told')" -gt {failures} ] || {{ echo "Socket timed out" >&2; exit 1; }}
+""", 0o755)  # fmt: skip
+    write(tmp_path / "bin/sleep", "#!/bin/sh\nexit 0\n", 0o755)
+    result, told = job(SAVES)
+    assert (result.returncode, told) == (138, "requeue 77\n" * min(failures + 1, 5))
+    assert ("error: job 77 could not queue itself again" in result.stderr) == (failures == 9)
+
+
 def test_a_batch_job_that_saved_nothing_before_its_time_limit_does_not(job, project):
     saved = write(project / "exp/pascal/unimatch/r101/732/latest.pth", "of an earlier job")
     os.utime(saved, (1, 1))
