@@ -122,12 +122,14 @@ def test_a_config_in_the_save_path_that_was_given_is_left_as_it_was_written(data
     path.parent.mkdir()
     text = "# my notes\n" + data.config.read_text()
     path.write_text(text)
-    start(data, tmp_path, capsys, "--config", str(path))
-    assert path.read_text() == text
+    for further in ([], ["--resume", "never"]):
+        start(data, tmp_path, capsys, "--config", str(path), *further)
+        assert path.read_text() == text
+    assert (path.parent / "previous-1/config.yaml").read_text() == text
     with pytest.raises(ConfigError, match=r"config\.yaml exists there, and no run wrote it"):
         start(data, tmp_path, capsys)  # another file was given
     start(data, tmp_path, capsys, "--resume", "never")
-    assert "nclass: 3" in path.read_text() and (path.parent / "previous-1/config.yaml").read_text() == text
+    assert "nclass: 3" in path.read_text() and (path.parent / "previous-2/config.yaml").read_text() == text
 
 
 STRANGERS = {

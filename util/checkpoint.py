@@ -100,15 +100,22 @@ def tidy(save_path: Path, damaged: Iterable[Path]) -> None:
             _remove(path)
 
 
-def set_aside(save_path: Path) -> Path | None:
-    """Move earlier results into a new folder `previous-N` beside them; None where there are none."""
+def set_aside(save_path: Path, given: Path | None = None) -> Path | None:
+    """Move earlier results into a new folder `previous-N` beside them; None where there are none.
+
+    The config that the run is `given` stays in its place if it is there, and a copy of it is set aside.
+    """
     results = [path for pattern in RESULTS for path in save_path.glob(pattern)]
-    if not results:
+    kept = [path for path in results if given and given.exists() and path.samefile(given)]
+    if len(results) == len(kept):
         return None
     target = _next_free(save_path / "previous-*")
     target.mkdir()
     for path in results:
-        path.rename(target / path.name)
+        if path in kept:
+            shutil.copy2(path, target / path.name)
+        else:
+            path.rename(target / path.name)
     return target
 
 

@@ -187,7 +187,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             _check_inputs(cfg, args, save_path, fresh=found.path is None)
             notes += _check_start(cfg, found)
             notes += _check_data(cfg, lists)
-            if args.resume == "never" and (aside := set_aside(save_path)):
+            if args.resume == "never" and (aside := set_aside(save_path, resolve_path(args.config))):
                 notes.append(f"earlier results were moved to {aside}")
             tidy(save_path, found.damaged)
         cache = stack.enter_context(_open_cache(cfg, save_path))
