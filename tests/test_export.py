@@ -37,3 +37,9 @@ def test_no_input_and_no_foreign_file_is_replaced(tmp_path):
     with pytest.raises(ConfigError, match="did not write it"):
         export.main([*arguments, "--out", str(foreign)])
     assert checkpoint.read_bytes() == before and foreign.read_bytes() == b"mine"
+
+
+def test_a_torch_without_the_exporter_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamo=False: None)  # as 2.4 has it
+    with pytest.raises(ConfigError, match=r"--out model\.onnx needs PyTorch 2\.5 or newer, this is .*\.pt2"):
+        export.main(["--checkpoint", "none.pth", "--out", "model.onnx"])

@@ -134,3 +134,27 @@ def test_a_model_that_an_onnx_file_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"2 GB.*\.pt2"):
         save(huge, {}, ".onnx", tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+class Scaled(Line):
+    """Ten thousand times the input, in two steps, and a little more."""
+
+    def __init__(self, more: float) -> None:
+        super().__init__()
+        self.more = more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 3.0) * (1e4 / 3) + self.more
+
+
+class LargeLine(Line):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e4 * x
+
+
+def test_large_logits_are_compared_in_float64_where_that_can_be():
+    for found in (check(LargeLine(), Scaled(0), 40), check(LargeLine(), lambda image: Scaled(0)(image), 40)):
+        assert all(absolute > 1e-4 > relative for _, absolute, relative in found)
+    check(LargeLine(), lambda image: Scaled(2e-4)(image), 40)
+    with pytest.raises(ConfigError, match=r"logits differ by 0\.0002 on 66 x 66 pixels, more than 0\.0001"):
+        check(LargeLine(), Scaled(2e-4), 40)
