@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,10 +28,12 @@ import torch
 from util.cli import run_main
 from util.config import PROJECT_ROOT
 from util.errors import ConfigError
-from util.outputs import MARK, check_targets, is_own, replacing
+from util.outputs import MARK, check_targets, replacing
 
 TESTS_LIMIT, BENCHMARK_LIMIT = 270, 180  # seconds
+OUT_HELP = "folder of the report, from the project's root (default: exp/gpu_check)"
 CHECK = re.compile(r"^(tests/\S+?\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+NOT_COLLECTED = re.compile(r"^ERROR (tests/\S+?\.py)(?: - .*)?$", re.MULTILINE)  # in pytest's summary
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,19 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("exp/gpu_check"), metavar="DIR", help="folder of the report")
+    parser.add_argument("--out", type=Path, default=Path("exp/gpu_check"), metavar="DIR", help=OUT_HELP)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise ConfigError(f"no GPU: torch {torch.__version__} sees none, and there is nothing to check without one")
-    check_targets([args.out / "report.json", args.out / "benchmark.json"], [])
-    if (args.out / "report.md").exists() and not is_own(args.out / "report.json"):
-        raise ConfigError(f"{args.out}/report.md: exists, and this tool did not write it: choose another --out")
+    check_targets([args.out / name for name in ("report.md", "report.json", "benchmark.json")], [])
     report = {"tool": MARK, "device": describe_device(), "notes": [], "checks": {}, "rows": []}
     run_tests(report)
     write_report(report, args.out)
     run_benchmark(report, args.out / "benchmark.json")
     write_report(report, args.out)
-    print(f"{summary(report)}; see {args.out / 'report.md'}")
+    print(f"{summary(report)}; see {args.out.absolute() / 'report.md'}")
     if not all_passed(report):
         sys.exit(1)
 
@@ -74,7 +75,10 @@ def run_tests(report: dict[str, Any]) -> None:
         report["notes"].append(f"The tests were not run: {sys.executable} has no pytest.")
         return
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--color=no", "--continue-on-collection-errors"]
-    output = _run([sys.executable, "-m", "pytest", *options, "tests"], TESTS_LIMIT, "tests", report)
+    # Status 1: tests failed, which the checks say one by one. Any other: pytest itself did not get to its end.
+    output = run_part(
+        [sys.executable, "-m", "pytest", *options, "tests"], TESTS_LIMIT, "tests", report, statuses=(0, 1)
+    )
     report["checks"] = read_checks(output)
     if not report["checks"]:
         report["notes"].append("No test ran: " + " / ".join(output.strip().splitlines()[-3:]))
@@ -83,12 +87,8 @@ def run_tests(report: dict[str, Any]) -> None:
 def run_benchmark(report: dict[str, Any], path: Path) -> None:
     """Run the benchmark's GPU part and add its rows, those measured within the time limit."""
     path.unlink(missing_ok=True)
-    output = _run(
-        [sys.executable, "-m", "scripts.benchmark.gpu", "--json", str(path.absolute())],
-        BENCHMARK_LIMIT,
-        "benchmark",
-        report,
-    )
+    command = [sys.executable, "-m", "scripts.benchmark.gpu", "--json", str(path.absolute())]
+    output = run_part(command, BENCHMARK_LIMIT, "benchmark", report)
     if path.exists():
         report["rows"] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     else:
@@ -96,8 +96,9 @@ def run_benchmark(report: dict[str, Any], path: Path) -> None:
 
 
 def read_checks(output: str) -> dict[str, str]:
-    """What `pytest -v` printed: passed, failed, error or skipped, by the test's name."""
-    return {name: result.lower() for name, result in CHECK.findall(output)}
+    """What `pytest -v` printed: passed, failed, error or skipped, by the name of the test or of the broken file."""
+    checks = {name: result.lower() for name, result in CHECK.findall(output)}
+    return checks | dict.fromkeys(NOT_COLLECTED.findall(output), "error")
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -110,7 +111,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = ["# GPU check", "", summary(report) + ".", ""]
+    lines = ["# GPU check", "", f"<!-- {MARK} -->", "", summary(report) + ".", ""]
     lines += [f"- {name}: {value}" for name, value in report["device"].items()]
     lines += ["", *(f"**{note}**" for note in report["notes"]), "", "## Against the naive way", ""]
     lines += ["| what | naive | here | ratio | |", "|---|---|---|---|---|"]
@@ -154,20 +155,29 @@ def _figure(values: Sequence[float], unit: str) -> str:
     return "-" if math.isnan(middle) else f"{middle:.3g} {unit}"
 
 
-def _run(command: Sequence[str], limit: int, name: str, report: dict[str, Any]) -> str:
-    """Run a part; what it printed, also if it was ended at its limit, which the report's notes then say."""
+def run_part(
+    command: Sequence[str], limit: int, name: str, report: dict[str, Any], statuses: Sequence[int] = (0,)
+) -> str:
+    """Run a part and return what it printed. A note in the report says if it reached its limit or broke off.
+
+    It broke off if its exit status is none of `statuses`.
+    """
     print(f"{name}: at most {limit} s ...", flush=True)
-    started = time.monotonic()
+    started, note = time.monotonic(), None
     try:
         done = subprocess.run(
             command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit, check=False
         )
-        output = done.stdout
+        output, status = done.stdout.decode(errors="replace"), done.returncode
+        if status not in statuses:
+            end = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+            note = f"The {name} broke off with {end}: {' / '.join(output.strip().splitlines()[-3:])}"
     except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        report["notes"].append(f"The {name} were ended after {limit} s; what follows is what they had done by then.")
+        output = (error.stdout or b"").decode(errors="replace")
+        note = f"The {name} were ended after {limit} s; what follows is what they had done by then."
+    report["notes"] += [note] if note else []
     report["device"][f"seconds of the {name}"] = f"{time.monotonic() - started:.0f}"
-    return output.decode(errors="replace")
+    return output
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from dataset.packing import to_device
-from tests.helpers import make_model, model_config
+from tests.helpers import assert_same, make_model, model_config
 from tests.steps import ALL_BOXES, NO_BOX, packed_batch, run_step
+from util.backends import set_backends
 from util.errors import ConfigError
 from util.losses import CrossEntropy
 from util.precision import check_precision, describe_precision
@@ -68,16 +70,26 @@ def _train(graphed: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch)
     return rows, model.state_dict()
 
 
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As with `deterministic: true`: otherwise a GPU's interpolation adds up in any order."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_backends(SimpleNamespace(deterministic=True, tf32=None))
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.benchmark, cudnn.deterministic = before
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_recorded_steps_equal_ordinary_ones(device, monkeypatch):
+@pytest.mark.usefixtures("one_thread", "deterministic")
+def test_recorded_steps_equal_ordinary_ones_bit_for_bit(device, monkeypatch):
     assert len(BOXES) == WARM_UP + 2
     (rows, state), (expected_rows, expected) = (_train(graphed, device, monkeypatch) for graphed in (True, False))
     assert len({row["loss"] for row in rows}) == len(BOXES)
-    if device == CPU:
-        assert rows == expected_rows and all(torch.equal(value, expected[name]) for name, value in state.items())
-    for row, expected_row in zip(rows, expected_rows, strict=True):  # a GPU's interpolation adds up in any order
-        assert row == pytest.approx(expected_row, rel=1e-3)
+    assert rows == expected_rows
+    assert_same(state, expected)
 
 
 @pytest.mark.slow

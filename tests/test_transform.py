@@ -311,10 +311,10 @@ def test_the_box_mask_is_true_inside_the_box_only():
 # Normalisation
 
 
-def test_normalize_gives_the_reference_summary():
-    image = normalize(formulas.picture(SEED + 7, 49, 49)[0])
-    assert image.dtype == torch.float32
-    check_summary(image, FIGURES["normalize"], rtol=1e-5)
+def test_normalize_gives_the_reference_summary(device):
+    image = normalize(to_tensor(formulas.picture(SEED + 7, 49, 49)[0]).to(device))
+    assert image.dtype == torch.float32 and image.device.type == device.type
+    check_summary(image.cpu(), FIGURES["normalize"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("height, width", [(7, 5), (1, 1), (1, 9)])

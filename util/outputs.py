@@ -84,7 +84,7 @@ def read_mark(path: str | Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 name = next(name for name in archive.namelist() if name.endswith("/metadata.json"))
                 return "" if json.loads(archive.read(name)).get("tool") == MARK else None
-        if suffix in (".html", ".json", ".csv", ".txt", ".onnx", ".png"):
+        if suffix in (".html", ".json", ".md", ".csv", ".txt", ".onnx", ".png"):
             with open(path, "rb") as file:
                 head = file.read(500)
             marked = MARK.encode() in head or head.startswith(TABLE_HEADER.encode())

@@ -8,17 +8,18 @@ Times are between CUDA events, after unmeasured calls, both ways in turn. Each r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from dataset.packing import collate, to_device
@@ -28,6 +29,8 @@ from dataset.views import PartnerSample, UnlabeledSample
 from scripts.benchmark import naive
 from scripts.benchmark.model import make_model, make_naive_model
 from scripts.benchmark.rows import Row, alternate, line
+from scripts.benchmark.step_v2 import WAYS as WAYS_V2
+from scripts.benchmark.step_v2 import prepare_step_v2
 from util.cli import run_main
 from util.errors import ConfigError
 from util.losses import CrossEntropy, OhemCrossEntropy
@@ -50,12 +53,20 @@ WAYS = {
 
 
 def measure_gpu(
-    device: torch.device, rounds: int, backbone: str = "resnet50", crop: int = 321, loss_size: int = 801
+    device: torch.device,
+    rounds: int,
+    backbone: str = "resnet50",
+    crop: int = 321,
+    loss_size: int = 801,
+    crop_v2: int = 518,
 ) -> Iterator[Row]:
     """All rows; those that compile come last. A row that fails has no measurements, and says why."""
-    for measure in (_losses, _photometry, _feeding, _steps):
-        sizes = {"backbone": backbone, "crop": crop, "loss_size": loss_size}
-        yield from measure(device, rounds, sizes)
+    sizes = {"backbone": backbone, "crop": crop, "loss_size": loss_size, "crop_v2": crop_v2}
+    for measure in (_losses, _photometry, _feeding, _steps_v2, _steps):
+        try:
+            yield from measure(device, rounds, sizes)
+        except Exception as error:  # the other rows are still worth measuring
+            yield _failed(measure.__name__.strip("_"), error)
 
 
 def in_turn(device: torch.device, naive_way: Callable, our_way: Callable, rounds: int) -> tuple[list, list]:
@@ -76,15 +87,18 @@ def in_turn(device: torch.device, naive_way: Callable, our_way: Callable, rounds
     return times
 
 
-def packed_batch(seed: int, size: int) -> Any:
-    """A batch of 2 + 2 images of noise as the loader gives it, with boxes as often and as large as in training."""
+def packed_batch(seed: int, size: int, pasted: bool = True) -> Any:
+    """A batch of 2 + 2 images of noise as the loader gives it, with boxes as often and as large as in training.
+
+    `pasted` is False for a method that pastes from the reversed batch.
+    """
     rng, samples = np.random.default_rng(seed), []
     for _ in range(2):
         pixels = [torch.from_numpy(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(5)]
         extent, boxes = Extent(size, size * 3 // 4, False), tuple(draw_cutmix_box(size, rng) for _ in range(2))
         colours = draw_photometry(rng), draw_photometry(rng)
-        partner = PartnerSample(pixels[1], extent, colours) if any(boxes) else None
-        sample = UnlabeledSample(pixels[0], tuple(pixels[2:4]), extent, boxes, colours, partner, True)
+        partner = PartnerSample(pixels[1], extent, colours) if pasted and any(boxes) else None
+        sample = UnlabeledSample(pixels[0], tuple(pixels[2:4]), extent, boxes, colours, partner, pasted)
         samples.append(((pixels[4], pixels[4][..., 0] % 19), sample))
     return collate(samples)
 
@@ -136,25 +150,79 @@ def _feeding(device: torch.device, rounds: int, sizes: dict[str, Any]) -> Iterat
 
 def _steps(device: torch.device, rounds: int, sizes: dict[str, Any]) -> Iterator[Row]:
     backbone, crop = sizes["backbone"], sizes["crop"]
-    slow = _naive_stepper(make_naive_model(backbone, crop).to(device), device, crop)
-    for title, options in WAYS.items():
-        if device.type == "cpu" and {"cuda_graphs", "compile"} & set(options):
-            continue
-        name = f"UniMatch step 2 + 2, {backbone}, crop {crop}, {title}"
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.get("tf32", False)
-        try:
-            fast = _our_stepper(device, sizes, options)
-            yield _row(name, device, slow, fast, rounds)
-            yield _memory_row(f"peak memory: {name}", device, slow, fast)
-        except Exception as error:
-            yield _failed(name, error)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    name = f"UniMatch step 2 + 2, {backbone}, crop {crop}"
+    ways = {
+        title: (options.get("tf32", False), partial(_our_stepper, device, sizes, options))
+        for title, options in WAYS.items()
+        if device.type == "cuda" or not {"cuda_graphs", "compile"} & set(options)
+    }
+    yield from _step_rows(name, device, rounds, lambda: _naive_stepper(device, sizes), ways)
 
 
-def _naive_stepper(model: nn.Module, device: torch.device, crop: int) -> Callable[[], None]:
-    (image, label), u, mix = to_device(packed_batch(0, crop), device, fixed_shapes=True)
+def _steps_v2(device: torch.device, rounds: int, sizes: dict[str, Any]) -> Iterator[Row]:
+    """With the EMA teacher's update; batches as the loader gives them, whose partner is the reversed batch."""
+    backbone, crop = "dinov2_small", sizes["crop_v2"]
+
+    def make(way: str) -> Callable[[], None]:
+        batch = to_device(packed_batch(0, crop, pasted=False), device)
+        return prepare_step_v2(way, backbone, crop, device, [batch])[1]
+
+    ways = {title: (False, partial(make, title)) for title in WAYS_V2 if title != "naive"}
+    name = f"UniMatch V2 step 2 + 2, {backbone}, crop {crop}"
+    yield from _step_rows(name, device, rounds, lambda: make("naive"), ways)
+
+
+def _step_rows(
+    name: str,
+    device: torch.device,
+    rounds: int,
+    make_naive: Callable[[], Callable[[], None]],
+    ways: dict[str, tuple[bool, Callable[[], Callable[[], None]]]],
+) -> Iterator[Row]:
+    """Time and peak memory of a step in each of `ways`: by its title, whether with TF32, and what makes the step."""
+    with _tf32(False):
+        slow, slow_peak = warmed_up(device, make_naive)
+    for title, (tf32, make) in ways.items():
+        fast = None  # gives back the way before
+        with _tf32(tf32):
+            try:
+                fast, peak = warmed_up(device, make)
+                yield _row(f"{name}, {title}", device, slow, fast, rounds)
+                yield Row(f"peak memory with the model: {name}, {title}", [slow_peak], [peak], "GB", "")
+            except Exception as error:
+                yield _failed(f"{name}, {title}", error)
+
+
+def warmed_up(device: torch.device, make: Callable[[], Callable[[], None]]) -> tuple[Callable[[], None], float]:
+    """A step, and the GB that tensors took more, at the peak, from before its model was made to after its first steps.
+
+    A step that is recorded allocates nothing later: its memory is taken when it warms up and is recorded.
+    """
+    if device.type == "cpu":
+        return make(), math.nan
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step = make()
+    for _ in range(WARM_UP + 1):
+        step()
+    return step, (torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+
+@contextlib.contextmanager
+def _tf32(value: bool) -> Iterator[None]:
+    """TF32 in convolutions and matrix products inside the `with`, or in neither."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = value
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _naive_stepper(device: torch.device, sizes: dict[str, Any]) -> Callable[[], None]:
+    model = make_naive_model(sizes["backbone"], sizes["crop"]).to(device)
+    (image, label), u, mix = to_device(packed_batch(0, sizes["crop"]), device, fixed_shapes=True)
     whole = u._replace(weak=mix.weak, ignore_mask=mix.ignore_mask)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4, foreach=False)
 
@@ -190,23 +258,12 @@ def _our_stepper(device: torch.device, sizes: dict[str, Any], options: dict[str,
 def _row(name: str, device: torch.device, slow: Callable, fast: Callable, rounds: int) -> Row:
     try:
         return Row(name, *in_turn(device, slow, fast, rounds), "s", "")
-    except Exception as error:  # the other rows are still worth measuring
+    except Exception as error:
         return _failed(name, error)
 
 
 def _failed(name: str, error: Exception) -> Row:
     return Row(name, [math.nan], [math.nan], "s", f"FAILED: {type(error).__name__}: {str(error).splitlines()[:1]}")
-
-
-def _memory_row(name: str, device: torch.device, slow: Callable, fast: Callable) -> Row:
-    """GB that tensors take at the peak of a step, both models loaded."""
-    peaks = []
-    for way in (slow, fast):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        way()
-        peaks.append([torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else math.nan])
-    return Row(name, *peaks, "GB", "")
 
 
 def _pinned(batch: Any, device: torch.device) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,10 +41,15 @@ def measure_step_v2(inputs: Inputs) -> Iterator[Row]:
         yield Row(f"peak memory of the V2 step, {way}", [peaks["naive"]], [peaks[way]], "GB", equality)
 
 
-def prepare_step_v2(way: str, backbone: str, crop: int) -> tuple[nn.Module, Callable[[], None]]:
-    """The model of one of WAYS, and what does a step with it: gradients, optimiser, teacher."""
-    model = _make_model(backbone, crop, **WAYS[way])
-    batches = itertools.cycle([_batch(seed, crop) for seed in range(2)])
+def prepare_step_v2(
+    way: str, backbone: str, crop: int, device: str | torch.device = "cpu", batches: Sequence[Any] | None = None
+) -> tuple[nn.Module, Callable[[], None]]:
+    """The model of one of WAYS on `device`, and what does a step with it: gradients, optimiser, teacher.
+
+    `batches` are used in turn; by default two of noise.
+    """
+    model = _make_model(backbone, crop, device, **WAYS[way])
+    batches = itertools.cycle(batches or [_batch(seed, crop) for seed in range(2)])
     optimizer = build_optimizer(model, 5e-6, 40.0, "adamw")
     compute_gradients, teacher = _way(way == "naive", model)
 
@@ -69,12 +74,12 @@ def _way(is_naive: bool, model: nn.Module, threshold: float = 0.95) -> tuple[Cal
     return lambda batch: unimatch_v2_step(model, teacher, batch, CrossEntropy(), threshold, backward), teacher
 
 
-def _make_model(backbone: str, crop: int, **options: Any) -> nn.Module:
+def _make_model(backbone: str, crop: int, device: str | torch.device = "cpu", **options: Any) -> nn.Module:
     """The model of V2's recipe with random weights; the same each time."""
     settings = {"backbone": backbone, "pretrained": False, "crop_size": crop, "device": "cpu", **options}
     cfg = load_config("configs/v2/pascal.yaml", settings)
     torch.manual_seed(0)
-    return set_precision(build_model(cfg), cfg)
+    return set_precision(build_model(cfg).to(device), cfg)
 
 
 def _batch(seed: int, size: int, dtype: torch.dtype = torch.float32) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def losses(save_path: Path) -> list[float]:
     return [float(value) for value in re.findall(r"  loss ([\d.]+)", (save_path / "train.log").read_text())]
 
 
+@pytest.mark.last
 def test_compiled_and_recorded_runs_reach_their_end_with_the_same_losses(tiny, tmp_path):
     expected = train(tiny, tmp_path / "eager")
     assert len(expected) == 4
@@ -45,32 +47,36 @@ def test_compiled_and_recorded_runs_reach_their_end_with_the_same_losses(tiny, t
         assert found == pytest.approx(expected, rel=0.02, abs=2e-3), keys
 
 
-def test_deterministic_runs_are_the_same_bit_for_bit_also_after_a_signal(tiny, tmp_path):
-    settings = ("deterministic=true", "epochs=3")
-    for name in ("first", "second"):
-        train(tiny, tmp_path / name, *settings)
-    command = [
-        sys.executable,
-        "unimatch.py",
-        *tiny.arguments(tmp_path / "killed"),
-        *ON_GPU,
-        "conf_thresh=0.3",
-        *settings,
-    ]
-    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        log = tmp_path / "killed/train.log"
-        for _ in range(600):
-            if process.poll() is not None or (log.exists() and "iteration 2/4" in log.read_text()):
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM, process.stderr.read()
-    train(tiny, tmp_path / "killed", *settings)
-    expected = load_checkpoint(tmp_path / "first")
-    for name in ("second", "killed"):
-        found = load_checkpoint(tmp_path / name)
-        for part in ("model", "optimizer"):
-            assert_same(found[part], expected[part], name)
+DETERMINISTIC = ("deterministic=true", "epochs=3")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The last checkpoint of a deterministic run that nothing interrupts."""
+    path = tmp_path_factory.mktemp("whole")
+    train(tiny, path, *DETERMINISTIC)
+    return load_checkpoint(path)
+
+
+@pytest.mark.parametrize("end", [None, signal.SIGTERM, signal.SIGKILL])
+def test_deterministic_runs_are_the_same_bit_for_bit_also_after_a_signal(tiny, whole, tmp_path, end):
+    """SIGTERM saves and ends the run in its first epoch; SIGKILL loses the second epoch's steps, which are repeated."""
+    if end:
+        command = [sys.executable, "unimatch.py", *tiny.arguments(tmp_path), *ON_GPU, "conf_thresh=0.3", *DETERMINISTIC]
+        reached = "epoch 1/3  iteration 2/4" if end == signal.SIGTERM else "epoch 2/3  iteration 2/4"
+        with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            log = tmp_path / "train.log"
+            for _ in range(600):
+                if process.poll() is not None or (log.exists() and reached in log.read_text()):
+                    break
+                time.sleep(0.1)
+            process.send_signal(end)
+            status = 128 + end if end == signal.SIGTERM else -end
+            assert process.wait(60) == status, process.stderr.read()
+    train(tiny, tmp_path, *DETERMINISTIC)
+    found = load_checkpoint(tmp_path)
+    for part in ("model", "optimizer"):
+        assert_same(found[part], whole[part])
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_lower(tiny, tmp_path):
