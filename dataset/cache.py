@@ -48,7 +48,7 @@ class ImageCache:
         self._maps: OrderedDict[tuple[str | Path, str, int], tuple[tuple[int, int], np.ndarray]] = OrderedDict()
         try:
             self._lock, self._owner = _hold(self.folder), os.getpid()
-            with self._counter() as counter:  # counted anew: a killed writer may have reserved what it never wrote
+            with self._counter() as counter:  # counted again: a killed writer may have reserved what it never wrote
                 counter.write(_size(self.folder))
         except OSError as error:
             raise DataError(f"cache_dir {self.folder}: cannot be used: {error.strerror}") from None
@@ -62,7 +62,7 @@ class ImageCache:
     ) -> np.ndarray:
         """uint8 (H, W, channels), as `read` (default: `read_pixels`) gives it; raises its DataError.
 
-        `variant` tells ways of reading apart.
+        `variant` names the way of reading, where there are several.
         """
         return self._get(path, read or read_pixels, channels, variant)
 
@@ -83,12 +83,12 @@ class ImageCache:
     def _get(
         self, path: str | Path, read: Callable[[str | Path], np.ndarray], channels: int, variant: str = ""
     ) -> np.ndarray:
-        if os.getpid() != self._owner:  # a worker: its parent holds the folder, and may outlive it
+        if os.getpid() != self._owner:  # a worker: its parent holds the folder, and may run longer
             self.close()
         try:
             source = os.stat(path)
         except OSError:
-            return read(path)  # which tells what is wrong
+            return read(path)  # which says what is wrong
         stamp = (source.st_size, source.st_mtime_ns)
         made_of, pixels = self._maps.pop((path, variant, channels), (None, None))
         if made_of != stamp:

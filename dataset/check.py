@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.bands import Bands, bands_size
+from dataset.bands import bands_size
 from dataset.errors import DataError
 from dataset.files import (
     IGNORE_INDEX,
-    LabelColors,
     check_depth,
     errors_named,
     gives_upper_bits,
@@ -25,6 +24,7 @@ from dataset.files import (
     size_fault,
 )
 from dataset.lists import Progress, Sample, no_progress
+from dataset.source import DataSource
 
 # The last bytes of a whole file. A file without them may still be whole (some cameras append data): then it is decoded.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -33,15 +33,12 @@ TWO_WAYS = "labels that can be read two ways"  # the heading of such faults
 
 def check_samples(
     samples: Sequence[Sample],
-    data_root: str | Path,
+    source: DataSource,
     nclass: int,
     threads: int = 8,
-    label_map: Mapping[int, int] | None = None,
     progress: Progress = no_progress,
-    label_colors: LabelColors | None = None,
-    bands: Bands | None = None,
 ) -> Path | None:
-    """Check every file of a list; the first fault in list order is raised as DataError.
+    """Check every file of a list in `source`; the first fault in list order is raised as DataError.
 
     Returns the first image of 16 bits per channel, of which the upper 8 are used.
 
@@ -50,13 +47,12 @@ def check_samples(
     Images: present, a readable header, not truncated. Labels: present, of the image's size, values after `label_map`
     below `nclass` or 255. Images are decoded only where their last bytes look cut off; labels always.
     """
-    root = Path(data_root)
+    root, label_map = Path(source.root), source.label_map
     check_root(root)
     found: set[int] = set()
     two_ways, first, labels, deep = [], None, 0, None  # nothing that grows with the list
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
-        how = (root, nclass, label_map or {}, label_colors, bands)
-        checked = bounded_map(pool, lambda sample: _check_sample(sample, *how), samples)
+        checked = bounded_map(pool, lambda sample: check_sample(sample, source, nclass), samples)
         for sample, (values, shown, upper_bits) in zip(samples, progress(checked, len(samples)), strict=True):
             found |= values
             if not two_ways and can_be_read_two_ways(values, shown, nclass, label_map):
@@ -108,7 +104,7 @@ def can_be_read_two_ways(
     """Whether the values found in a label of few bits, or a palette of black and white, may also be 255 and classes.
 
     A program that makes files smaller without loss keeps what is shown, and stores 255 in one bit as 1. `shown`: of
-    each stored value, as `read_label` tells it; None says that values are stored as they are shown.
+    each stored value, as `read_label` gives it; None if values are stored as they are shown.
     """
     if shown is None or IGNORE_INDEX not in (values := [shown[value] for value in found]):
         return False
@@ -138,24 +134,18 @@ def mask_hint(value: int = 255) -> str:
     )
 
 
-def _check_sample(
-    sample: Sample,
-    root: Path,
-    nclass: int,
-    label_map: Mapping[int, int],
-    label_colors: LabelColors | None,
-    bands: Bands | None,
-) -> tuple[set[int], Sequence[int] | None, bool]:
+def check_sample(sample: Sample, source: DataSource, nclass: int) -> tuple[set[int], Sequence[int] | None, bool]:
     """The values found in the sample's label (none without one), as what they are shown, and of the image whether
     its upper bits alone are used.
     """
+    root = Path(source.root)
     path = root / sample.image
-    size, upper_bits = (bands_size(path, bands, whole=True), False) if bands else _check_image(path)
+    size, upper_bits = (bands_size(path, source.bands, whole=True), False) if source.bands else _check_image(path)
     if sample.label is None:
         return set(), None, upper_bits
-    label = read_label(root / sample.label, label_colors)
+    label = read_label(root / sample.label, source.label_colors)
     found = np.flatnonzero(label.histogram()).tolist()
-    for fault in label_faults(sample, root, size, label, found, nclass, label_map):
+    for fault in label_faults(sample, root, size, label, found, nclass, source.label_map):
         raise fault
     return set(found), label.info["shown"], upper_bits
 

@@ -1,4 +1,4 @@
-"""The one error that data can cause."""
+"""The one error that data can cause, and how an error is shown in one line."""
 
 
 class DataError(ValueError):
@@ -10,3 +10,8 @@ class DataError(ValueError):
     def __init__(self, message: str, kind: str = "other faults") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def one_line(error: object) -> str:
+    """Its text without line breaks, or its type's name if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__

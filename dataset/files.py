@@ -15,7 +15,7 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
 from dataset.colors import UnknownColour, color_indices
-from dataset.errors import DataError
+from dataset.errors import DataError, one_line
 from dataset.resize import picture_size
 
 IGNORE_INDEX = 255
@@ -140,7 +140,7 @@ def decode_image(opened: Image.Image | np.ndarray, rows: int | None = None) -> I
 def decode_label(
     opened: Image.Image | np.ndarray, rows: int | None = None, colors: LabelColors | None = None
 ) -> np.ndarray:
-    """The class indices of an opened label, uint8 (H, W), likewise; below `rows` they are 0 unless it has `colors`."""
+    """The class indices of an opened label, uint8 (H, W); below `rows` they are 0 unless it has `colors`."""
     if isinstance(opened, np.ndarray):
         return opened
     with errors_named(opened.filename, "label"):
@@ -223,9 +223,9 @@ def map_label(label: Image.Image, label_map: Mapping[int, int] | None) -> Image.
 
 @functools.cache
 def jpeg_decoder() -> Callable[[np.ndarray], np.ndarray] | None:
-    """torchvision's JPEG decoder, from a file's bytes to (H, W, 3), if it gives Pillow's values here, else None.
+    """torchvision's JPEG decoder, from a file's bytes to (H, W, 3); None where its values are not Pillow's.
 
-    Each carries a libjpeg of its own, which may differ; torchvision may come without one, and is to lose it.
+    Each brings its own libjpeg, and these may differ. Some builds of torchvision have none, as all later ones will.
     """
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
@@ -339,7 +339,3 @@ def size_fault(image: Path, label: Path, image_size: tuple[int, int], label_size
         f"{_orientation_hint(image, label_size)}",
         "labels of another size than their image",
     )
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Loading processes that cannot hand their batch over: one line instead of a traceback or a wait without end."""
+"""A DataLoader that ends with one line where a loading process cannot hand its batch over, and waits no longer."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def handover_fault(error: Exception) -> str | None:
     if "killed by signal: Bus error" in text or "shared memory" in text or "/torch_" in text:
         return "/dev/shm, the shared memory in which batches travel, is full or cannot be used"
     if "DataLoader worker" in text and "killed by signal" in text:
-        return "one was killed, perhaps for want of memory"
+        return "one was killed, perhaps because memory ran out"
     if "DataLoader worker" in text and "exited unexpectedly" in text:
         return "one could not hand its batch over, or was killed"
     if "DataLoader timed out" in text:

@@ -135,7 +135,7 @@ def _file_size(path: str | Path) -> int:
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):
-        return 0  # reading it tells why
+        return 0  # reading it says why
 
 
 def _blocks(path: str | Path) -> Iterator[bytes]:
@@ -165,7 +165,7 @@ def _decode(path: str | Path, block: bytes, first: bool) -> str:
 
 
 def is_inside(path: str | Path, folder: str | Path) -> bool:
-    """Whether `path`, taken from `folder`, is in it, to go by the text: links are not followed, they may lead out."""
+    """Whether `path`, relative to `folder`, is in it by its text: symlinks are not resolved, so they may lead out."""
     folder = os.path.abspath(folder)
     return os.path.join(location(folder, path), "").startswith(os.path.join(folder, ""))
 

@@ -23,7 +23,7 @@ from dataset.source import DataSource
 
 
 class LoaderOptions(NamedTuple):
-    """How a DataLoader works: processes, batches that each has ready, whether they outlive an epoch, pinned memory."""
+    """How a DataLoader works: processes, batches that each has ready, whether processes stay, pinned memory."""
 
     workers: int = 0
     prefetch: int = 2
@@ -44,13 +44,13 @@ class LoaderOptions(NamedTuple):
 def _start_worker(max_image_pixels: int, _: int) -> None:
     """A loading process takes over the limit of image sizes, not being a copy of its parent everywhere."""
     limit_image_pixels(max_image_pixels)
-    outlive_signals()
+    ignore_signals()
     give_up_where_nothing_can_be_handed_over()
     sys.excepthook = _tell_unless_orphaned
 
 
 def _tell_unless_orphaned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The thread that hands tensors over tells its errors here: nothing of a parent that was killed meanwhile."""
+    """The thread that hands tensors over reports its errors here; a parent that was killed meanwhile is no error."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
@@ -74,7 +74,7 @@ def val_loader(
     return options.build(ValDataset(samples[rank::processes], source), batch_size=1)
 
 
-def outlive_signals() -> None:
+def ignore_signals() -> None:
     """Keep a loading process at work while its parent, which got the same signal, finishes its step and saves.
 
     Ctrl-C, Slurm and torchrun signal all processes of a run, loading ones too.

@@ -52,7 +52,7 @@ class PackedViews(NamedTuple):
 
     @property
     def extent_mix(self) -> torch.Tensor:
-        """(B, 3), the partners' likewise, where they are `pasted`."""
+        """(B, 3), the same of the partners, where they are `pasted`."""
         return self._split()[1].view(self.count, 3)
 
     @property

@@ -29,12 +29,13 @@ class ReplacingDataset(Dataset):
         faults: list[str] = []
         for attempt in range(TRIES):
             try:
-                return self.dataset[self._drawn(key, attempt)], faults
+                return self.dataset[self.key_for(key, attempt)], faults
             except DataError as error:
                 faults.append(str(error))
         raise DataError(f"{faults[-1]} ({TRIES} samples in a row were unreadable)")
 
-    def _drawn(self, key: Any, attempt: int) -> Any:
+    def key_for(self, key: Any, attempt: int) -> Any:
+        """The key to read at this attempt: `key` itself at first, then others of its epoch."""
         if attempt == 0:
             return key
         purpose = (REPLACEMENT, key.epoch, key.labeled, key.unlabeled + 1, attempt)  # without one, `unlabeled` is -1

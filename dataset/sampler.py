@@ -14,7 +14,7 @@ ORDER_X, ORDER_U, VIEW_X, VIEW_U, REPLACEMENT = range(5)
 
 
 class Key(NamedTuple):
-    """One sample of an epoch. `labeled` counts through the repeated labelled set, so each repetition has own draws.
+    """One sample of an epoch. `labeled` counts on through repetitions of the labelled set: each has its own draws.
 
     `unlabeled` and `partner` are indices of unlabelled images, -1 for none.
     """
@@ -27,11 +27,11 @@ class Key(NamedTuple):
 
 def stream(seed: int, *purpose: int) -> np.random.Generator:
     """An independent generator for each tuple of non-negative integers below 2**32, among tuples of one length."""
-    return np.random.default_rng(np.array([seed, *purpose], np.uint32))  # sooner than from a list
+    return np.random.default_rng(np.array([seed, *purpose], np.uint32))  # faster than from a list
 
 
 class EpochSampler(Sampler[Key]):
-    """The keys of one process for one epoch: a pass over the unlabelled set, shuffled anew, as in the release.
+    """The keys of one process for one epoch: a pass over the unlabelled set, shuffled each time, as in the release.
 
     Each of the `processes` gets ceil(N / processes) images, the last few repeated, cut to whole batches. Position p of
     the epoch's order goes to process p mod `processes`, so a step's images are the same at any number of processes.

@@ -81,7 +81,7 @@ class Samples(Sequence[Sample]):
         for starts, ends in self._chunks():
             text = self._text(starts, ends)
             if text.count(b"\t\n") == text.count(b"\t") == len(starts):  # none has a label
-                images = text[:-2].split(b"\t\n")  # sooner than one by one
+                images = text[:-2].split(b"\t\n")  # faster than one by one
             else:
                 images = (record[:-1].rpartition(b"\t")[0] for record in self._records_of(starts, ends))
             if any(part in b"\n" + text for part in _OTHER_SPELLINGS):

@@ -193,7 +193,7 @@ _ENHANCERS = {
 
 
 def _adjust(image: Image.Image, jitter: tuple[tuple[str, float], ...]) -> Image.Image:
-    """Colour jitter as torchvision has it for Pillow images, whose import would double the time to start."""
+    """Colour jitter, as torchvision's on Pillow images. Importing torchvision would double the time to start."""
     for name, factor in jitter:
         if name == "hue":
             hue, saturation, value = image.convert("HSV").split()

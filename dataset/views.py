@@ -30,9 +30,9 @@ class UnlabeledViews(NamedTuple):
 class Partner(NamedTuple):
     """The CutMix partners of a batch of B unlabelled images: what their pseudo-labels are made of.
 
-    ignore_mask: (B, H, W) as in UnlabeledViews. weak: normalised (U, 3, H, W), of the samples `used`, (U,) int64, only:
-    where a sample has no box, nothing of its partner's pseudo-label is used, so no forward is needed. With `used` None
-    it holds all B. A step reads nothing else of a partner, so whole UnlabeledViews serve as one, too.
+    ignore_mask: (B, H, W) as in UnlabeledViews. weak: normalised (U, 3, H, W), of the samples `used`, (U,) int64:
+    a sample without a box uses nothing of its partner's pseudo-label, so its partner needs no forward. If `used` is
+    None, weak holds all B. A step reads nothing else of a partner, so whole UnlabeledViews serve as one, too.
     """
 
     weak: torch.Tensor

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run(part: nn.Module, *inputs: Any, again: bool, function: Callable[..., Any] | None = None) -> Any:
-    """`function(*inputs)`, by default `part(*inputs)`; `again`: its activations are computed anew when they are needed.
+    """`function(*inputs)`, by default `part(*inputs)`; `again`: its activations are computed again when needed.
 
     `part` holds every BatchNorm that the function uses. The function must draw no random numbers.
     """

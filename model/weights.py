@@ -47,12 +47,11 @@ def load_pretrained(backbone: nn.Module, name: str, path: str | Path | None = No
 def read_pretrained(backbone: nn.Module, name: str, path: str | Path | None = None) -> dict[str, Tensor]:
     """Pretrained weights that fit `backbone`, which is of kind `name`; nothing is loaded into it.
 
-    `path`: a weights file, relative to the current folder or else to the project; None stands for
-    `pretrained/NAME.pth` of the project. A state dict is expected, bare or under `state_dict` or `model`. Its
-    classifier (`fc.*`) is left out, and for Xception every name with `itr`, `tmp` or `track` in it. Anything else
-    missing or unexpected is a WeightsError.
+    `path`: a weights file, which `resolve_path` finds; None stands for `pretrained/NAME.pth` of the project. A state
+    dict is expected, bare or under `state_dict` or `model`. Its classifier (`fc.*`) is left out, and for Xception every
+    name with `itr`, `tmp` or `track` in it. Anything else missing or unexpected is a WeightsError.
     """
-    path = PROJECT_ROOT / "pretrained" / f"{name}.pth" if path is None else _find(path)
+    path = PROJECT_ROOT / "pretrained" / f"{name}.pth" if path is None else resolve_path(path)
     try:
         return pretrained_state(backbone, name, read_checkpoint(path), path)
     except WeightsError as error:
@@ -115,10 +114,11 @@ def load_checkpoint_state(
     return choose_network(checkpoint, prefer)
 
 
-def _find(path: str | Path) -> Path:
-    """A relative path is taken from the current folder, else from the project."""
+def resolve_path(path: str | Path) -> Path:
+    """A relative path is meant from the current folder or, where nothing is there, from the project's root."""
     path = Path(os.path.expanduser(path))  # Path.expanduser fails where there is no home folder
-    return path if path.exists() or path.is_absolute() else PROJECT_ROOT / path
+    # os.path.exists, unlike Path.exists, is False for an impossible name; reading it then says what is wrong with it.
+    return path if os.path.exists(path) or not os.path.exists(PROJECT_ROOT / path) else PROJECT_ROOT / path
 
 
 def _stem(name: str) -> str:

@@ -3,7 +3,7 @@
     python -m scripts.check_data --config configs/leaves.yaml --labeled-id-path splits/leaves/labeled.txt --output check
 
 Every image and label is decoded whole. Exit status: 0 if training can start, 1 if it could not (with --strict: also if
-there are warnings), 2 if nothing could be checked, for instance for want of a list.
+there are warnings), 2 if nothing could be checked, for instance if a list is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataset.prepare.statistics import channel_statistics
 from util.cli import add_common_arguments, run_main
 from util.config import Config, load_config, resolve_path
 from util.errors import ConfigError
-from util.lists import list_unlabeled
+from util.lists import data_source, list_unlabeled
 from util.outputs import MARK, check_targets, replacing, save_picture
 from util.plots import has_matplotlib, share_chart
 from util.visualize import percent
@@ -112,14 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         labeled,
         unlabeled,
         val,
-        data_root,
+        data_source(cfg),
         cfg.classes,
         cfg.crop_size,
-        cfg.label_map,
         default_workers(1) if args.workers is None else args.workers,
         lambda looks, total: tqdm(looks, "check", total, unit="image", disable=None),
-        cfg.color_values,
-        cfg.bands,
     )
     title = (
         f"{cfg.dataset}: {len(labeled)} labelled, {len(unlabeled)} unlabelled and {len(val)} validation images in "
@@ -163,10 +160,10 @@ def _make_folder(folder: Path) -> None:
 
 def _verdict(inspection: Inspection, strict: bool) -> str:
     counts = {level: sum(map(len, inspection.at(level).values())) for level in LEVELS}
-    told = ", ".join(f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items())
+    counted = ", ".join(f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items())
     if counts[ERROR]:
-        return f"{told}: training would stop at the first error"
-    return f"{told}: " + ("refused by --strict" if strict and counts[WARNING] else "nothing that stops training")
+        return f"{counted}: training would stop at the first error"
+    return f"{counted}: " + ("refused by --strict" if strict and counts[WARNING] else "nothing that stops training")
 
 
 if __name__ == "__main__":

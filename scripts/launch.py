@@ -95,8 +95,8 @@ def first_failure(failures):
     """(rank, exit code) of the process that failed first; a negative exit code is a signal's number.
 
     `failures`: torchrun's dict from rank to failure, in the order in which it saw them, times in whole seconds.
-    Once one process has failed torchrun ends the others by SIGTERM, so these come last. Others fail for want of their
-    peer, with an uncaught exception's status 1, so within a second any other status or signal comes first.
+    Once one process has failed torchrun ends the others by SIGTERM, so these come last. Others fail because a peer is
+    gone, with an uncaught exception's status 1, so within a second any other status or signal comes first.
     """
     order = {
         rank: (failure.exitcode == -signal.SIGTERM, failure.timestamp, failure.exitcode == 1)
@@ -122,7 +122,7 @@ def exit_status(rank, exitcode):
 def run(args):
     """Run the script under torchrun and return the exit status. A signal to this process is passed on to all."""
     processes, port, nodes = args.processes, args.port, args.nodes
-    # Read when torch is imported. Its warnings bury the one line that tells what failed.
+    # Read when torch is imported. Its warnings bury the one line that says what failed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from torch.distributed import run as torchrun

@@ -40,7 +40,7 @@ def find_samples(
 ) -> tuple[list[Sample], list[str]]:
     """Images with their labels, None without one, as paths relative to `root`, and labels without an image; sorted.
 
-    `left_out` gets what is passed over in the folder of images, as `images_in` tells it.
+    `left_out` gets what is passed over in the folder of images, as `images_in` says it.
     Where one folder lies in the other, its files count for it alone; if both are the same, PNGs are the labels.
     """
     for option, folder in (("--images", images), ("--labels", labels)):

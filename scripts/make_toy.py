@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="scripts.make_toy", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--root", default="data/toy", metavar="DIR", help="folder of the set (default: data/toy)")
     parser.add_argument("--seed", type=int, default=0, help="another number gives other scenes (default: 0)")
-    parser.add_argument("--force", action="store_true", help="make the set anew even if it is complete")
+    parser.add_argument("--force", action="store_true", help="make the set again even if it is complete")
     parser.add_argument("--preview", metavar="F", help="also write a picture of images and labels")
     args = parser.parse_args(argv)
 

@@ -122,7 +122,7 @@ def step_cost(cfg: Config, method: str, gradients_stay: bool = False, count_flop
 
 
 def _step_of(method: str, model: nn.Module, teacher: Teacher | None, criterion: nn.Module, cfg: Config) -> Callable:
-    """The step function of the method's script; the method is what is measured, hence by name."""
+    """The step function of the method's script; by name, since the method is what is measured."""
     step = getattr(importlib.import_module(method), f"{method}_step")
     known = {"model": model, "teacher": teacher, "criterion": criterion, "conf_thresh": cfg.conf_thresh}
     taken = inspect.signature(step).parameters

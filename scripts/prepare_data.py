@@ -39,6 +39,7 @@ from dataset.lists import Sample, is_hidden, read_list
 from dataset.loader import default_workers
 from dataset.prepare.archives import Member, find_sources, members, new_file
 from dataset.prepare.downloads import RECIPES, CocoImage, Recipe, Rule, read_instances, require
+from dataset.source import DataSource
 from util.cli import run_main
 from util.config import resolve_path
 from util.errors import ConfigError
@@ -220,7 +221,7 @@ def run_all(jobs: Iterable[Job], pool: Executor | None, ahead: int) -> Iterator[
                 yield from (future.result() for future in done)
         yield from (future.result() for future in pending)
     except BrokenProcessPool:
-        raise DataError("a process was killed, perhaps for want of memory: start again, with fewer --workers") from None
+        raise DataError("a process was killed, perhaps as memory ran out: start again, with fewer --workers") from None
 
 
 def make_files(
@@ -303,9 +304,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = ready or root
     print(f"{folder}: checking {len(samples)} list entries", flush=True)
     try:
-        check_samples(samples, folder, nclass)
+        check_samples(samples, DataSource(folder), nclass)
     except DataError as error:
-        raise DataError(f"{error}; to make a file anew, delete it and start again with --source") from None
+        raise DataError(f"{error}; to make a file again, delete it and start again with --source") from None
     wrote = f"{len(plan)} files written" if plan else "prepared already, nothing written"
     print(f"{folder}: {wrote}; all {len(listed)} files that {splits} lists are there and in order")
     if folder != root:

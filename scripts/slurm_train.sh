@@ -133,7 +133,7 @@ done
 
 # The processes meet at the job's first node, unless MASTER_ADDR names another.
 export MASTER_PORT="$port"
-export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings bury the one line that tells what failed
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings bury the one line that says what failed
 set -- --partition="$partition" --job-name="$method-$dataset-$exp-$split" \
     --nodes="$nodes" --ntasks="$num_gpu" --ntasks-per-node="$gpus_per_node" \
     ${gres:+--gres="$gres:${gpu_type:+$gpu_type:}$gpus_per_node"} \
@@ -148,7 +148,7 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ]; then
 fi
 
 mkdir -p "$save"
-started=$save/.started-$SLURM_JOB_ID # on the file system of the checkpoints, whose clock tells which are newer
+started=$save/.started-$SLURM_JOB_ID # on the file system of the checkpoints, whose clock decides which are newer
 : >"$started"
 srun "$@" &
 # With `--signal=B:...` the batch script gets the signal; otherwise srun's processes do.

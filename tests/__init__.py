@@ -1,1 +1,1 @@
-"""Tests: one file for each file of the project, with what they share in helpers.py and reference/."""
+"""The tests: mostly a file for each file of the project, and what they share: helpers, steps, faults, reference/."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PACKAGES = ("dataset", "model", "scripts", "tests", "util")
 MAX_LINES, MAX_FLOORS, MIN_WORDS = 350, 6, 3
@@ -143,10 +144,11 @@ def high_folders(root: Path) -> list[str]:
 
 
 def long_files(root: Path, reasons: dict[str, str]) -> list[str]:
-    """Files of more than MAX_LINES lines without a reason, and reasons for files that are gone."""
+    """Files of more than MAX_LINES lines without a reason, and reasons for files that are gone or short."""
     lines = {name: len((root / name).read_text(encoding="utf-8").splitlines()) for name in python_files(root)}
     too_long = [f"{name}: {n} lines" for name, n in lines.items() if n > MAX_LINES and name not in reasons]
-    return too_long + [f"{name}: no such file" for name in reasons if name not in lines]
+    stale = [f"{name}: needs no reason" for name in reasons if lines.get(name, MAX_LINES + 1) <= MAX_LINES]
+    return too_long + stale + [f"{name}: no such file" for name in reasons if name not in lines]
 
 
 def silent_files(root: Path) -> list[str]:
@@ -207,9 +209,15 @@ def methods_that_know_too_much(root: Path) -> list[str]:
 
 
 def untested_files(root: Path, tested_by: dict[str, str]) -> list[str]:
-    """Files without a test file of their name, or of the name in `tested_by`; and entries of it that name no file."""
+    """Files without a test file of their name, or of the name in `tested_by`; and entries of it that are not needed.
+
+    An entry is not needed if there is no such file, or a test file of a name that no other file has.
+    """
     files = python_files(root)
     tests = {name.removeprefix("tests/test_").removesuffix(".py") for name in files if name.startswith("tests/test_")}
-    own = [name for name in files if not name.startswith("tests/") and not name.endswith("__init__.py")]
-    wrong = [name for name in own if not {name.rpartition("/")[2].removesuffix(".py"), tested_by.get(name)} & tests]
+    stems = {name: PurePosixPath(name).stem for name in files if not name.startswith("tests/")}
+    own = [name for name in stems if not name.endswith("__init__.py")]
+    alone = {stem for stem, count in Counter(stems.values()).items() if count == 1}
+    wrong = [name for name in own if not {stems[name], tested_by.get(name)} & tests]
+    wrong += [f"{name}: has a test file of its name" for name in tested_by if stems.get(name) in tests & alone]
     return wrong + [f"{name}: no such file" for name in tested_by if name not in own]

@@ -1,4 +1,4 @@
-"""Broken inputs: each fault spoils a tiny data set of `tests.helpers` and says how it must be told."""
+"""Broken inputs: each fault spoils a tiny data set of `tests.helpers` and says how it must be reported."""
 
 import struct
 import zlib
@@ -8,6 +8,7 @@ from PIL import Image
 
 from dataset.check import check_samples
 from dataset.lists import Sample
+from dataset.source import DataSource
 
 
 def noise(size=(40, 32), channels=3, seed=0):
@@ -95,7 +96,7 @@ def truncated_image(data):
 def image_damaged_inside(data):
     path = replace_image(data, Image.fromarray(noise()))
     overwrite(path)
-    check_samples([Sample("images/labeled0.png", None)], data.root, 3)  # the quick check sees its ends only
+    check_samples([Sample("images/labeled0.png", None)], DataSource(data.root), 3)  # the quick check sees its ends only
     return "unreadable images", path, "truncated or damaged"
 
 

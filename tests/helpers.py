@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,12 +207,21 @@ def photo(channels: int = 3, seed: int = 0, size: tuple[int, int] = (24, 20)) ->
     return np.random.default_rng(seed).integers(0, 256, (*size[::-1], channels), dtype=np.uint8)
 
 
-def complaint(function: Callable, *args: Any, **options: Any) -> str:
-    """The message of the DataError that a call raises: always one line."""
-    with pytest.raises(DataError) as caught:
+def complaint(function: Callable, *args: Any, error: type[Exception] = DataError, **options: Any) -> str:
+    """The message of the `error` that a call raises: always one line."""
+    with pytest.raises(error) as caught:
         function(*args, **options)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[], None]) -> str:
+    """The error line with which a script's `main` ends, status 2."""
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
 
 
 def filled(shapes: Iterable[tuple[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
@@ -233,10 +243,11 @@ def assert_loaded(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) ->
         assert torch.equal(own[name], tensor.to(own[name].dtype)), name
 
 
-def weights_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """The one line of the WeightsError that the call raises."""
-    with pytest.raises(WeightsError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+weights_error = partial(complaint, error=WeightsError)
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal to within 1e-4 of the largest value, and not constant."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

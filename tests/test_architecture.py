@@ -34,15 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Why a file may be longer than MAX_LINES.
 ONE_A_LINE = "many short cases of one thing, each with the message that it gives"
 LONG_FILES = {
-    "scripts/benchmark/__main__.py": "a list of measurements, each a function of its own",
     "tests/test_bad_input.py": ONE_A_LINE,
     "tests/test_check_data.py": ONE_A_LINE,
     "tests/test_checkpoint.py": ONE_A_LINE,
     "tests/test_config.py": ONE_A_LINE,
     "tests/test_distributed.py": "the functions that its processes run must be in one file with their tests",
-    "tests/test_files.py": ONE_A_LINE,
     "tests/test_launch.py": ONE_A_LINE,
-    "tests/test_model.py": "one module is tested, against one set of figures",
     "tests/test_prepare_data.py": "miniature downloads in three formats, and what must come out of each",
     "tests/test_resume.py": "runs that are expensive to make are shared by the tests of one file",
     "tests/test_semi_data.py": "one naive reference is compared in many ways",
@@ -54,7 +51,6 @@ LONG_FILES = {
 TESTED_BY = {
     "dataset/check.py": "check_data",
     "dataset/errors.py": "bad_input",
-    "dataset/lists.py": "files",
     "dataset/loader.py": "semi_data",
     "dataset/packing.py": "semi_data",
     "dataset/prepare/archives.py": "prepare_data",
@@ -67,19 +63,18 @@ TESTED_BY = {
     "dataset/source.py": "semi_data",
     "dataset/views.py": "semi_data",
     "fixmatch.py": "steps",
-    "model/backbone/resnet.py": "model",
+    "model/backbone/resnet.py": "deeplabv3plus",
     "model/backbone/resnet_tv.py": "convert_backbone",
-    "model/backbone/xception.py": "model",
+    "model/backbone/xception.py": "deeplabv3plus",
     "model/semseg/complementary.py": "unimatch_v2",
-    "model/semseg/deeplabv3plus.py": "model",
-    "model/state_dict.py": "pretrained",
-    "model/weights.py": "pretrained",
+    "model/state_dict.py": "weights",
     "scripts/benchmark/__main__.py": "benchmark",
     "scripts/benchmark/data.py": "benchmark",
     "scripts/benchmark/evaluation.py": "benchmark",
     "scripts/benchmark/gpu.py": "gpu_check",
     "scripts/benchmark/loss.py": "benchmark",
     "scripts/benchmark/memory.py": "benchmark",
+    "scripts/benchmark/model.py": "benchmark",
     "scripts/benchmark/naive.py": "benchmark",
     "scripts/benchmark/naive_data.py": "semi_data",
     "scripts/benchmark/naive_v2.py": "unimatch_v2",
@@ -113,10 +108,8 @@ TESTED_BY = {
     "util/palette.py": "predict",
     "util/plots.py": "predict",
     "util/prediction.py": "predict",
-    "util/run.py": "bad_input",
     "util/run_files.py": "resume",
     "util/safe_yaml.py": "config",
-    "util/signals.py": "resume",
     "util/streams.py": "tiles",
     "util/train/clock.py": "loop",
     "util/train/saving.py": "resume",
@@ -224,7 +217,8 @@ def test_floors_are_the_longest_chain_within_a_folder(tmp_path):
 def test_long_files_and_reasons_without_a_file_are_found(tmp_path):
     root = project(tmp_path, {"util/a.py": "\n" * MAX_LINES, "util/b.py": "\n" * MAX_LINES, "util/c.py": ""})
     assert long_files(root, {"util/b.py": "why"}) == [f"util/a.py: {MAX_LINES + 2} lines"]
-    assert long_files(root, {"util/a.py": "why", "util/b.py": "why", "util/d.py": "why"}) == ["util/d.py: no such file"]
+    reasons = dict.fromkeys(["util/a.py", "util/b.py", "util/c.py", "util/d.py"], "why")
+    assert long_files(root, reasons) == ["util/c.py: needs no reason", "util/d.py: no such file"]
 
 
 def test_files_whose_first_line_says_nothing_are_found(tmp_path):
@@ -254,6 +248,8 @@ def test_files_without_a_test_are_found(tmp_path):
         "util/b.py",
         "util/f.py: no such file",
     ]
+    entries = {"util/a.py": "d", "util/b.py": "d", "util/c.py": "d"}
+    assert untested_files(root, entries) == ["util/a.py: has a test file of its name"]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ SIZES = [((21, 21), 18), ((21, 21), 12), ((24, 32), 18), ((9, 31), 12), ((5, 4),
 @pytest.fixture
 def skipped(monkeypatch) -> list[int]:
     """Dilations of the convolutions whose gradient skipped the padding."""
-    dilations, original = [], atrous._weight_gradient
+    dilations, original = [], atrous.weight_gradient
 
     def spy(*arguments):
         dilations.append(arguments[-1])
         return original(*arguments)
 
-    monkeypatch.setattr(atrous, "_weight_gradient", spy)
+    monkeypatch.setattr(atrous, "weight_gradient", spy)
     return dilations
 
 

@@ -17,7 +17,7 @@ from dataset.loader import LoaderOptions, train_loader
 from dataset.replacement import TRIES
 from dataset.semi import EpochSampler, Key, TrainDataset
 from dataset.source import DataSource
-from tests.helpers import TinyData, make_dataset, run_script
+from tests.helpers import TinyData, run_script
 from util.cli import run_main
 from util.log import RunLog
 from util.train.bad_images import BadImages
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
 UNCHECKED = ("--set", "check_data=false")  # so that the run begins
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> TinyData:
-    return make_dataset(tmp_path / "data", val=1)
 
 
 def _spoil(data: TinyData, name: str) -> Path:
@@ -109,11 +104,11 @@ def test_the_replacement_does_not_depend_on_workers_or_on_what_ran_before(data, 
 
 def test_replacements_are_other_samples_in_another_epoch(data):
     dataset = _loader(data).dataset
-    drawn = [dataset._drawn(Key(epoch, 1, 2, 2), attempt) for epoch in range(20) for attempt in range(1, TRIES)]
+    drawn = [dataset.key_for(Key(epoch, 1, 2, 2), attempt) for epoch in range(20) for attempt in range(1, TRIES)]
     assert len({key[1:] for key in drawn}) > 10
     assert all(key.partner == key.unlabeled and key.labeled < 4 and key.unlabeled < 6 for key in drawn)
     # Where the step pastes from the reversed batch, a sample has no partner, nor has its replacement.
-    assert {dataset._drawn(Key(0, 1, 2, -1), attempt).partner for attempt in range(TRIES)} == {-1}
+    assert {dataset.key_for(Key(0, 1, 2, -1), attempt).partner for attempt in range(TRIES)} == {-1}
 
 
 def test_nothing_readable_is_an_error_that_names_a_file(data):

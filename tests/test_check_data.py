@@ -20,6 +20,7 @@ from dataset.prepare import audit as inspection
 from dataset.prepare.audit import inspect_lists
 from dataset.prepare.jpeg import jpeg_complaint
 from dataset.samples import Samples
+from dataset.source import DataSource
 from scripts import check_data
 from tests.faults import (
     ERRORS,
@@ -95,12 +96,12 @@ def test_errors_are_those_that_stop_training(data, tmp_path):
         kind, path, _ = fault(spoilt)
         lists = [read_list(spoilt.labeled), read_list(spoilt.unlabeled, labels=False), read_list(spoilt.val)]
         label_map = spoilt.settings().get("label_map")
-        found = inspect_lists(*lists, spoilt.root, ["a", "b", "c"], 32, label_map).at("error")[kind]
+        found = inspect_lists(*lists, DataSource(spoilt.root, label_map), ["a", "b", "c"], 32).at("error")[kind]
         with pytest.raises(DataError) as caught:
             if fault is image_damaged_inside:
                 read_image(path)
             for samples in lists:
-                check_samples(samples, spoilt.root, 3, label_map=label_map)
+                check_samples(samples, DataSource(spoilt.root, label_map), 3)
         assert found == [str(caught.value)]
 
 
@@ -346,7 +347,7 @@ def test_a_label_drawn_on_the_turned_image_is_explained_here_and_before_training
     Image.open(label).transpose(Image.Transpose.ROTATE_90).save(label)
     found = told(check()[1])["error", "labels of another size than their image"]
     with pytest.raises(DataError) as caught:
-        check_samples([Sample(f"images/{path.name}", "labels/labeled0.png")], data.root, 3)
+        check_samples([Sample(f"images/{path.name}", "labels/labeled0.png")], DataSource(data.root), 3)
     assert found == [str(caught.value)]
     assert "its EXIF orientation 8 turns it in a viewer, but not here" in found[0]
 
@@ -488,7 +489,7 @@ def test_the_check_keeps_few_bytes_of_each_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "inspect_sample", look)
     samples = Samples.of(Sample(f"{k}.jpg", f"{k}.png") for k in range(5000))
     tracemalloc.start()
-    found = inspect_lists([], [], samples, tmp_path, ["a"], 32)
+    found = inspect_lists([], [], samples, DataSource(tmp_path), ["a"], 32)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400 * len(samples)

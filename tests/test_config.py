@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dataset.catalog import CATALOG, voc_palette
+from tests import helpers
 from util.config import (
     NOT_SHAPING,
     PROJECT_ROOT,
@@ -52,11 +53,7 @@ def write(tmp_path):
 
 def complaint(path, overrides=()):
     """The message with which a config is refused: always one line."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    return message
+    return helpers.complaint(load_config, path, overrides, error=ConfigError)
 
 
 def assert_refused(write, key, value, *fragments):

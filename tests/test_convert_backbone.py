@@ -16,6 +16,7 @@ from dataset.transform import IMAGENET_MEAN, IMAGENET_STD
 from model.backbone import create_backbone
 from model.weights import load_pretrained
 from scripts import convert_backbone
+from tests.helpers import assert_near
 from tests.reference.weights import reference_state
 from util.cli import run_main
 
@@ -41,12 +42,6 @@ def converted(name, path, output):
     backbone = create_backbone(name)
     load_pretrained(backbone, name, output)
     return backbone.double().eval()
-
-
-def assert_near(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @pytest.fixture

@@ -21,7 +21,15 @@ from model import (
 from model.backbone import create_backbone
 from model.backbone.dinov2 import DINOv2, SwiGLU
 from scripts.convert_backbone import TIMM_MODELS, convert, dinov2_from_timm
-from tests.helpers import assert_loaded, filled, filled_backbone, make_model, model_config, weights_error
+from tests.helpers import (
+    assert_loaded,
+    assert_near,
+    filled,
+    filled_backbone,
+    make_model,
+    model_config,
+    weights_error,
+)
 from tests.reference.weights import reference_state_v2
 
 STATE_DICTS_V2 = json.loads((Path(__file__).parent / "reference" / "state_dicts_v2.json").read_text())
@@ -191,12 +199,6 @@ def timm_dinov2(name, **kwargs):
     theirs = timm.create_model(TIMM_MODELS[name], pretrained=False, **kwargs)
     theirs.load_state_dict(reference_state_v2(theirs))
     return theirs.eval()
-
-
-def assert_near(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @pytest.mark.slow

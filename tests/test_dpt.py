@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import DPT, SIZE_MULTIPLES, build_model, complementary_dropout
 from model.backbone.dinov2 import DINOv2
-from tests.reference import formulas
-from tests.reference.weights import check_summary, reference_state_v2
+from tests.reference.weights import check_summary, reference_image, reference_state_v2, with_reference_weights
 
 REFERENCE = Path(__file__).parent / "reference"
 FIGURES = json.loads((REFERENCE / "figures_v2.json").read_text())
@@ -37,18 +36,9 @@ def tiny(checkpoint_activations="none", width=24, seed=0):
     return DPT(encoder, 5, 6, (4, 5, 6, 7), checkpoint_activations)
 
 
-def with_reference_weights(model):
-    model.double().load_state_dict(reference_state_v2(model))
-    return model
-
-
-def reference_image(*args):
-    return torch.from_numpy(formulas.image(*args)).double()
-
-
 @pytest.fixture(scope="module")
 def small():
-    return with_reference_weights(make(nclass=21))
+    return with_reference_weights(make(nclass=21), reference_state_v2)
 
 
 # ---- against the release
@@ -96,7 +86,7 @@ def test_forward_at_the_trained_size_gives_the_figures_of_the_release(small, dev
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_forward_of_larger_encoders_gives_the_figures_of_the_release(size, device):
     figures = FIGURES["forward"][size]
-    check_forward(with_reference_weights(make(size, figures["nclass"])), figures, device)
+    check_forward(with_reference_weights(make(size, figures["nclass"]), reference_state_v2), figures, device)
 
 
 @pytest.mark.parametrize("batch", COMPLEMENTARY["batches"])
@@ -122,7 +112,7 @@ def test_values_of_complementary_dropout_over_many_batches_are_those_of_the_rele
 
 @torch.no_grad()
 def test_logits_with_complementary_dropout_are_those_of_the_release(device):
-    model = with_reference_weights(make()).to(device)
+    model = with_reference_weights(make(), reference_state_v2).to(device)
     views = torch.cat([reference_image(SEED + k, 3, 56, 70) for k in (5, 6)]).to(device)
     torch.manual_seed(SEED)
     check_summary(model(views, comp_drop=True), COMPLEMENTARY["logits"], rtol=1e-6)

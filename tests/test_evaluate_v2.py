@@ -13,7 +13,7 @@ from torch import nn
 from model import build_model
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state_v2
-from util.evaluate import _seen_size, _starts, class_scores, evaluate, whole
+from util.evaluate import class_scores, evaluate, seen_size, whole, window_starts
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures_v2.json").read_text())
 SEED = FIGURES["seed"]
@@ -63,12 +63,12 @@ def test_evaluation_gives_the_reference_figures_of_v2(model, big, figures, devic
 
 @pytest.mark.parametrize("side, multiple", FIGURES["resize_to_multiple"])
 def test_sides_are_rounded_to_multiples_as_in_the_release(side, multiple):
-    assert _seen_size((side, side), 1.0, 14) == (multiple, multiple)
+    assert seen_size((side, side), 1.0, 14) == (multiple, multiple)
 
 
 def test_the_last_window_is_moved_back_to_the_border():
-    assert [_starts(length, 798, moved_back=True) for length in (1024, 2048)] == [[0, 226], [0, 532, 1064, 1250]]
-    assert [_starts(length, 42, moved_back=True) for length in (42, 41, 5)] == [[0], [0], [0]]
+    assert [window_starts(length, 798, moved_back=True) for length in (1024, 2048)] == [[0, 226], [0, 532, 1064, 1250]]
+    assert [window_starts(length, 42, moved_back=True) for length in (42, 41, 5)] == [[0], [0], [0]]
 
 
 class _Patches(nn.Module):

@@ -10,6 +10,7 @@ from PIL import Image
 from dataset.check import check_samples
 from dataset.files import decode_label, open_label, read_image, read_indices, read_label
 from dataset.lists import Sample
+from dataset.source import DataSource
 from tests.faults import grey_png
 from tests.helpers import complaint, photo, save
 
@@ -103,7 +104,7 @@ def test_a_label_is_refused_where_white_may_be_a_class_or_ignored(
     tmp_path, three, write, values, nclass, label_map, refused
 ):
     write(tmp_path / three[1].label, np.resize(np.uint8(values), (HEIGHT, WIDTH)))
-    check = functools.partial(check_samples, three[1:2], tmp_path, nclass, label_map=label_map)
+    check = functools.partial(check_samples, three[1:2], DataSource(tmp_path, label_map), nclass)
     if refused:
         assert "may mean a class or 255 (ignored): store 8 bits per pixel" in complaint(check)
     else:
@@ -114,9 +115,9 @@ def test_one_bit_labels_of_two_classes_are_refused_beside_labels_that_have_255(t
     (tmp_path / three[2].label).write_bytes(grey_png(classes(0, 1), 1))
     for label, values in ((three[0].label, (0, 1)), (three[1].label, (0, 1))):
         Image.fromarray(classes(*values)).save(tmp_path / label)
-    check_samples(three, tmp_path, 2)
+    check_samples(three, DataSource(tmp_path), 2)
     Image.fromarray(classes(0, 1, 255)).save(tmp_path / three[0].label)
-    message = complaint(check_samples, three, tmp_path, 2)
+    message = complaint(check_samples, three, DataSource(tmp_path), 2)
     assert message.startswith(f"{tmp_path / three[2].label}: ") and "store 8 bits" in message
 
 
@@ -168,7 +169,10 @@ def test_grey_and_transparent_images_are_read_as_rgb(tmp_path, channels):
 def test_an_image_of_more_than_8_bits_is_refused_instead_of_turning_white(tmp_path, name, dtype):
     path = tmp_path / name
     save(path, np.full((HEIGHT, WIDTH), 999, dtype))
-    for message in (complaint(read_image, path), complaint(check_samples, [Sample(name, None)], tmp_path, 3)):
+    for message in (
+        complaint(read_image, path),
+        complaint(check_samples, [Sample(name, None)], DataSource(tmp_path), 3),
+    ):
         assert message.startswith(f"{path}: the image has more than 8 bits per pixel")
 
 
@@ -176,12 +180,12 @@ def test_an_image_of_more_than_8_bits_is_refused_instead_of_turning_white(tmp_pa
 
 
 def test_sound_samples_pass_the_check(tmp_path, three):
-    check_samples(three, tmp_path, 3)
-    check_samples([Sample(sample.image, None) for sample in three], tmp_path, 3)
+    check_samples(three, DataSource(tmp_path), 3)
+    check_samples([Sample(sample.image, None) for sample in three], DataSource(tmp_path), 3)
 
 
 def test_a_missing_data_root_is_named(tmp_path, three):
-    message = complaint(check_samples, three, tmp_path / "nowhere", 3)
+    message = complaint(check_samples, three, DataSource(tmp_path / "nowhere"), 3)
     assert message.startswith(f"{tmp_path}/nowhere: no such folder; data_root")
 
 
@@ -194,12 +198,12 @@ def test_missing_and_unreadable_files_are_named(tmp_path, three, name, content):
         path.write_bytes(content)
     kind = "image" if name.endswith("jpg") else "label"
     fault = f"no such {kind} (listed paths are relative to data_root)" if content is None else f"unreadable {kind}"
-    assert complaint(check_samples, three, tmp_path, 3).startswith(f"{path}: {fault}")
+    assert complaint(check_samples, three, DataSource(tmp_path), 3).startswith(f"{path}: {fault}")
 
 
 def test_an_image_and_a_label_of_different_size_are_both_named(tmp_path, three):
     save(tmp_path / "1.png", classes(0, 1)[:-1])
-    assert complaint(check_samples, three, tmp_path, 3) == (
+    assert complaint(check_samples, three, DataSource(tmp_path), 3) == (
         f"{tmp_path}/1.png: the label is 24 x 19 pixels, its image {tmp_path}/1.jpg is 24 x 20"
     )
 
@@ -222,7 +226,7 @@ def test_values_outside_the_classes_are_shown_with_those_allowed(tmp_path, three
     save(tmp_path / "1.png", classes(*values))
     for name in ("0.png", "2.png"):
         save(tmp_path / name, classes(0, 1))
-    message = complaint(check_samples, three, tmp_path, nclass)
+    message = complaint(check_samples, three, DataSource(tmp_path), nclass)
     assert message.startswith(
         f"{tmp_path}/1.png: label values found: {found}; allowed are 0..{nclass - 1}, and 255 for ignored pixels"
     )
@@ -233,22 +237,22 @@ def test_values_outside_the_classes_are_shown_with_those_allowed(tmp_path, three
 def test_labels_of_0_and_255_only_are_taken_for_masks_if_the_whole_list_is_so(tmp_path, three, nclass):
     for i in range(3):
         save(tmp_path / f"{i}.png", classes(0, 255))
-    message = complaint(check_samples, three, tmp_path, nclass)
+    message = complaint(check_samples, three, DataSource(tmp_path), nclass)
     assert message.startswith(f"{tmp_path}/0.png: values found over all 3 labels of the list: 0, 255")
     assert MASK in message and "store class indices" in message
     for i in range(3):  # one label with another class, anywhere in the list, says that 255 is meant
         save(tmp_path / f"{i}.png", classes(0, 1))
-        check_samples(three, tmp_path, nclass)
+        check_samples(three, DataSource(tmp_path), nclass)
         save(tmp_path / f"{i}.png", classes(0, 255))
 
 
 def test_labels_of_255_only_are_refused_and_of_0_only_pass(tmp_path, three):
     for i in range(3):
         save(tmp_path / f"{i}.png", classes(255))
-    assert "255" in complaint(check_samples, three, tmp_path, 2)
+    assert "255" in complaint(check_samples, three, DataSource(tmp_path), 2)
     for i in range(3):
         save(tmp_path / f"{i}.png", classes(0))
-    check_samples(three, tmp_path, 2)
+    check_samples(three, DataSource(tmp_path), 2)
 
 
 def test_the_first_fault_in_the_order_of_the_list_is_reported(tmp_path):
@@ -262,7 +266,7 @@ def test_the_first_fault_in_the_order_of_the_list_is_reported(tmp_path):
     for order in (samples, samples[::-1], samples[20:]):
         bad = next(s for s in order if s.image in {"11.jpg", "23.jpg", "37.jpg", "39.jpg"})
         name = bad.image if bad.image == "39.jpg" else bad.label
-        assert complaint(check_samples, order, tmp_path, 3).startswith(f"{tmp_path}/{name}: ")
+        assert complaint(check_samples, order, DataSource(tmp_path), 3).startswith(f"{tmp_path}/{name}: ")
 
 
 # --- truncated files --------------------------------------------------------------------------------------------------
@@ -286,11 +290,11 @@ def test_an_image_cut_off_anywhere_is_refused(tmp_path, suffix, kind, options):
     data = buffer.getvalue()
     path = tmp_path / f"image.{suffix}"
     path.write_bytes(data)
-    check_samples([Sample(path.name, None)], tmp_path, 3)
+    check_samples([Sample(path.name, None)], DataSource(tmp_path), 3)
     # A PNG's last 20 bytes hold no pixel.
     for length in [0, 1, 10, *range(20, len(data) - 20, 47), len(data) - (21 if kind == "PNG" else 1)]:
         path.write_bytes(data[:length])
-        message = complaint(check_samples, [Sample(path.name, None)], tmp_path, 3)
+        message = complaint(check_samples, [Sample(path.name, None)], DataSource(tmp_path), 3)
         assert message.startswith(f"{path}: unreadable image, truncated or damaged")
 
 
@@ -303,7 +307,7 @@ def test_a_label_cut_off_anywhere_is_refused(tmp_path, three, mode):
     path = tmp_path / "1.png"
     for length in [0, 10, *range(20, len(data) - 24, 13), len(data) - 24]:
         path.write_bytes(data[:length])
-        message = complaint(check_samples, three, tmp_path, 3)
+        message = complaint(check_samples, three, DataSource(tmp_path), 3)
         assert message.startswith(f"{path}: unreadable label, truncated or damaged")
 
 
@@ -317,12 +321,12 @@ def test_whole_images_are_not_decoded(tmp_path, monkeypatch, suffix, kind):
         raise AssertionError(f"{path} was decoded")
 
     monkeypatch.setattr("dataset.check.read_image", decode)
-    check_samples([Sample(path.name, None)], tmp_path, 3)
+    check_samples([Sample(path.name, None)], DataSource(tmp_path), 3)
     path.write_bytes(whole + b"\0" * 30)
-    check_samples([Sample(path.name, None)], tmp_path, 3)
+    check_samples([Sample(path.name, None)], DataSource(tmp_path), 3)
     path.write_bytes(whole[:-40])
     with pytest.raises(AssertionError, match="was decoded"):
-        check_samples([Sample(path.name, None)], tmp_path, 3)
+        check_samples([Sample(path.name, None)], DataSource(tmp_path), 3)
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("png", "PNG")])
@@ -330,7 +334,7 @@ def test_a_whole_image_with_data_behind_its_end_passes(tmp_path, suffix, kind):
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(photo()).save(path, kind)
     path.write_bytes(path.read_bytes() + b"camera data " * 500)
-    check_samples([Sample(path.name, None)], tmp_path, 3)
+    check_samples([Sample(path.name, None)], DataSource(tmp_path), 3)
 
 
 def test_reading_a_truncated_file_without_the_check_is_a_data_error_too(tmp_path, three):

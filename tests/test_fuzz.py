@@ -22,17 +22,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import DataError
 from dataset.check import check_samples
 from dataset.files import limit_image_pixels, read_image, read_label, read_pixels
 from dataset.lists import Sample, find_unlabeled, read_list
+from dataset.source import DataSource
 from model import WeightsError, build_model, load_checkpoint_state, read_checkpoint
 from model.backbone import create_backbone
 from model.weights import read_pretrained
 from tests.helpers import PROJECT_ROOT
 from util.checkpoint import load_optimizer
 from util.config import Config, load_config, to_dict
-from util.errors import CheckpointError, ConfigError, error_line
+from util.errors import USER_ERRORS, CheckpointError, error_line
 from util.resume import find_checkpoint
 from util.schedule import build_optimizer
 
@@ -40,8 +40,6 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "databas
 settings.register_profile("short", derandomize=True, max_examples=40, **COMMON)
 settings.register_profile("long", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("FUZZ", "short"))
-
-ERRORS = (ConfigError, DataError, WeightsError, CheckpointError)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +55,7 @@ def _documented(function: Callable[[], object], name: str | Path = "") -> None:
     """`function` returns, or raises one of the errors that scripts tell in one line, in which `name` occurs."""
     try:
         function()
-    except ERRORS as error:
+    except USER_ERRORS as error:
         line = error_line(error)
         assert line and len(line.splitlines()) == 1
         assert str(name) in line
@@ -151,7 +149,7 @@ def test_any_bytes_as_list(content):
         for sample in samples:
             for name in sample:
                 assert Path(os.path.abspath(path.parent / (name or ""))).is_relative_to(path.parent)
-        check_samples(samples, path.parent, 3)
+        check_samples(samples, DataSource(path.parent), 3)
 
     _file(content, "list.txt", use)
     _file(content, "list.txt", lambda path: find_unlabeled(path, path.parent, []))
@@ -192,7 +190,7 @@ def small_images():
 def test_any_bytes_as_image(content):
     _file(content, "image.jpg", read_image)
     _file(content, "image.jpg", read_pixels)
-    _file(content, "a.jpg", lambda path: check_samples([Sample("a.jpg", None)], path.parent, 3))
+    _file(content, "a.jpg", lambda path: check_samples([Sample("a.jpg", None)], DataSource(path.parent), 3))
 
 
 @given(st.sampled_from(LABELS).flatmap(_mutated) | st.binary(max_size=50))
@@ -201,7 +199,7 @@ def test_any_bytes_as_label(content):
 
     def check(path: Path) -> None:
         (path.parent / "a.jpg").write_bytes(IMAGES[0])
-        check_samples([Sample("a.jpg", "a.png")], path.parent, 3)
+        check_samples([Sample("a.jpg", "a.png")], DataSource(path.parent), 3)
 
     _file(content, "a.png", check)
 

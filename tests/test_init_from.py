@@ -1,4 +1,4 @@
-"""Starting from another checkpoint's weights, and longer runs: what is taken over, what starts anew, what is said."""
+"""Starting from another checkpoint's weights, and longer runs: what is taken over, what initialised, what is said."""
 
 from __future__ import annotations
 

@@ -137,13 +137,13 @@ def test_padding_of_a_crop_stays_ignored_where_255_is_a_class(tmp_path):
 
 def test_the_check_before_training_knows_the_map(coded):
     samples = read_list(coded.labeled)
-    check_samples(samples, coded.root, 3, label_map=MAP)
+    check_samples(samples, DataSource(coded.root, MAP), 3)
     with pytest.raises(DataError, match=r"values found: 0, 7, 100, 200; allowed are 0\.\.2"):
-        check_samples(samples, coded.root, 3)
+        check_samples(samples, DataSource(coded.root), 3)
     with pytest.raises(
         DataError, match=r"0, 7, 100, 200; allowed are 0\.\.2, and 255 .*, and those in label_map \(100, 200\)$"
     ):
-        check_samples(samples, coded.root, 3, label_map={100: 1, 200: 2})
+        check_samples(samples, DataSource(coded.root, {100: 1, 200: 2}), 3)
 
 
 @pytest.mark.parametrize(("value", "nclass"), [(255, 2), (255, 5), (200, 2)])
@@ -152,9 +152,9 @@ def test_a_mask_of_two_values_is_refused_with_the_map_that_mends_it(tmp_path, va
     Image.fromarray(np.resize(np.uint8([0, value]), (8, 8))).save(tmp_path / "label.png")
     samples = [Sample("a.png", "label.png")]
     with pytest.raises(DataError) as caught:
-        check_samples(samples, tmp_path, nclass)
+        check_samples(samples, DataSource(tmp_path), nclass)
     assert f"label_map: {{0: 0, {value}: 1}}" in str(caught.value)
-    check_samples(samples, tmp_path, nclass, label_map={0: 0, value: 1})
+    check_samples(samples, DataSource(tmp_path, {0: 0, value: 1}), nclass)
 
 
 def test_evaluation_and_the_truth_panel_use_the_map(data, coded, tmp_path, capsys):

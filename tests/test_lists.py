@@ -11,6 +11,7 @@ import pytest
 from dataset import check, lists
 from dataset.check import check_samples
 from dataset.lists import Sample, find_unlabeled, images_in, is_hidden, list_digest, read_list, walk
+from dataset.source import DataSource
 from tests.faults import deep_png
 from tests.helpers import complaint, photo, save
 from util.config import load_config
@@ -182,9 +183,9 @@ def test_a_heading_is_named(tmp_path, heading):
 def test_backslashes_are_blamed_where_no_file_has_such_a_name(tmp_path):
     (tmp_path / "list.txt").write_text("images\\a.jpg\n", encoding="utf-8")
     samples = read_list(tmp_path / "list.txt", labels=False)
-    assert "separate folders by /, not by backslashes" in complaint(check_samples, samples, tmp_path, 3)
+    assert "separate folders by /, not by backslashes" in complaint(check_samples, samples, DataSource(tmp_path), 3)
     save(tmp_path / "images\\a.jpg", photo())
-    check_samples(samples, tmp_path, 3)
+    check_samples(samples, DataSource(tmp_path), 3)
 
 
 def folder_with_all_kinds(root):
@@ -264,7 +265,9 @@ def test_predictions_are_no_images_of_a_folder_and_only_files_that_may_be_one_ar
 def test_quotation_marks_and_commas_are_blamed_where_no_file_has_such_a_name(tmp_path, line):
     (tmp_path / "list.txt").write_text(f"{line}\n", encoding="utf-8")
     samples = read_list(tmp_path / "list.txt", labels=False)
-    assert "a list has no quotation marks, commas or semicolons" in complaint(check_samples, samples, tmp_path, 3)
+    assert "a list has no quotation marks, commas or semicolons" in complaint(
+        check_samples, samples, DataSource(tmp_path), 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_a_path_is_hidden_where_a_part_of_it_is(path, hidden):
 def test_the_quick_check_keeps_few_results_and_tells_of_its_progress(monkeypatch, tmp_path):
     """A result that was asked for takes memory until it is read."""
     begun = itertools.count(1)
-    monkeypatch.setattr(check, "_check_sample", lambda *_: (next(begun), (set(), None, False))[1])
+    monkeypatch.setattr(check, "check_sample", lambda *_: (next(begun), (set(), None, False))[1])
     totals = []
 
     def progress(checked, total):
@@ -297,7 +300,7 @@ def test_the_quick_check_keeps_few_results_and_tells_of_its_progress(monkeypatch
         assert next(begun) <= 1100  # of 5000
         yield from checked
 
-    check_samples([Sample(f"{i}.png", None) for i in range(5000)], tmp_path, 3, progress=progress)
+    check_samples([Sample(f"{i}.png", None) for i in range(5000)], DataSource(tmp_path), 3, progress=progress)
     assert totals == [5000] and next(begun) == 5002
 
 

@@ -52,7 +52,7 @@ def _refusal(path: Path) -> str:
 
 def _leave(path: Path, age: float = 0, **changes: object) -> dict[str, object]:
     """A lock file as a crashed run leaves it, last touched `age` seconds ago."""
-    owner = {**lock._own(), "pid": _dead_pid(), "start": "1", "since": "2026-01-02 03:04:05", **changes}
+    owner = {**lock.this_process(), "pid": _dead_pid(), "start": "1", "since": "2026-01-02 03:04:05", **changes}
     (path / LOCK_FILE).write_text(json.dumps(owner))
     os.utime(path / LOCK_FILE, (time.time() - age,) * 2)
     return owner
@@ -112,7 +112,7 @@ def test_without_locks_of_the_file_system_the_process_itself_is_looked_for(tmp_p
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     parent = os.getppid()
-    _leave(tmp_path, pid=parent, start=lock._start_time(parent))
+    _leave(tmp_path, pid=parent, start=lock.start_time(parent))
     assert f"process {parent} on" in _refusal(tmp_path)
     _leave(tmp_path)
     with locked(tmp_path) as notes:
@@ -149,7 +149,7 @@ def test_a_lock_file_without_an_owner_does_not_matter(tmp_path, content):
 def test_a_run_whose_lock_was_taken_over_writes_nothing_more(tmp_path, in_place):
     """As after SIGSTOP, minutes, another machine's start, and SIGCONT; `in_place`: the file system has no locks."""
     best = tmp_path / "best.pth"
-    other = {**lock._own(), "pid": 77, "host": "node7", "since": "2026-01-02 03:04:05"}
+    other = {**lock.this_process(), "pid": 77, "host": "node7", "since": "2026-01-02 03:04:05"}
     with locked(tmp_path):
         save_checkpoint({"weights": 1}, best)
         check_lock(tmp_path)

@@ -157,7 +157,7 @@ def test_a_loss_is_one_graph_to_the_compiler(criterion):
 @pytest.mark.parametrize("others", [0, 5])
 def test_a_pixel_exactly_at_the_threshold_is_kept(monkeypatch, free, others):
     """`p <= thresh`, in the branch that reads values and in the one that does not, with more pixels hard than not."""
-    monkeypatch.setattr(losses, "_reading_is_free", lambda _: free)
+    monkeypatch.setattr(losses, "reading_is_free", lambda _: free)
     # Equal logits give p = 1 / 2 exactly; the others are harder, the last is easier.
     rows = [[0.0, 0.0]] * 3 + [[-3.0, 0.0]] * others + [[9.0, 0.0]]
     logits = torch.tensor(rows, dtype=torch.float64).T.reshape(1, 2, 1, -1).clone().requires_grad_()
@@ -175,7 +175,7 @@ def test_what_devices_and_the_compiler_compute_keeps_the_same_pixels_as_a_sort(m
     logits, label = _random(3, shape=(2, 5, 31, 33))
     results = []
     for free in (True, False):  # on a device no branch looks at values
-        monkeypatch.setattr(losses, "_reading_is_free", lambda _, free=free: free)
+        monkeypatch.setattr(losses, "reading_is_free", lambda _, free=free: free)
         results.append(OhemCrossEntropy(255, thresh, min_kept)(logits, label))
     expected, kept = naive.ohem(logits, label, thresh, min_kept)
     results[1].backward()

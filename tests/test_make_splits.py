@@ -12,10 +12,10 @@ from PIL import Image
 from dataset import DataError
 from dataset.check import check_samples
 from dataset.lists import find_unlabeled, read_list
+from dataset.source import DataSource
 from scripts import make_splits
 from scripts.make_splits import config_snippet, draw, list_line, parse_share
-from tests.helpers import run_here
-from util.cli import run_main
+from tests.helpers import refusal, run_here
 from util.config import load_config
 from util.errors import ConfigError
 
@@ -64,11 +64,7 @@ def make(root, **options):
 
 def complaint(capsys, words):
     """The one line with which a command line is refused."""
-    with pytest.raises(SystemExit) as end:
-        run_main(lambda: make_splits.main(words))
-    assert end.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line.removeprefix("error: ")
+    return refusal(capsys, lambda: make_splits.main(words))
 
 
 def test_every_image_is_listed_once_beside_its_own_label(root):
@@ -81,7 +77,7 @@ def test_every_image_is_listed_once_beside_its_own_label(root):
     assert all(sample.label is None for sample in train)
     for sample in labeled + val:
         assert sample.label == sample.image.replace("images/", "labels/").replace(".jpg", ".png")
-    check_samples(labeled + val, root, 4)
+    check_samples(labeled + val, DataSource(root), 4)
     assert len(find_unlabeled(root / "lists/train.txt", root, labeled)) == 18
 
 
@@ -214,8 +210,8 @@ def test_names_with_spaces_go_through_lists_and_checks(tmp_path):
         save_label(tmp_path / f"labels/my photo {i}.png", 0, 1)
     train, labeled, val = make(tmp_path, val="1", labeled="1")
     assert len(train) == 3
-    check_samples(labeled + val, tmp_path, 2)
-    check_samples(find_unlabeled(tmp_path / "lists/train.txt", tmp_path, labeled), tmp_path, 2)
+    check_samples(labeled + val, DataSource(tmp_path), 2)
+    check_samples(find_unlabeled(tmp_path / "lists/train.txt", tmp_path, labeled), DataSource(tmp_path), 2)
 
 
 @pytest.mark.parametrize(("images", "labels"), [("", ""), ("", "labels"), ("images", "")])
@@ -226,7 +222,7 @@ def test_one_folder_may_hold_the_other_or_be_both(tmp_path, images, labels):
         save_label(root / labels / f"{i}.png", 0, 1)
     train, labeled, val = make(tmp_path, images=root / images, labels=root / labels, val="1", labeled="1")
     assert len(train) == 3
-    check_samples(labeled + val, root, 2)
+    check_samples(labeled + val, DataSource(root), 2)
 
 
 def test_another_data_root_must_hold_both_folders(root, capsys):

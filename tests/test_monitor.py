@@ -127,7 +127,7 @@ def test_the_ignore_mask_has_a_picture_of_its_own(data, monkeypatch):
     make_monitor(run, data).report(model := Brightness(), model, 0)
     rows, titles = shown[0]
     assert titles[-2:] == ["ignore mask", "truth"] and all(len(row) == len(titles) for row in rows)
-    (batch, *_) = [views for views in make_monitor(run, data)._load() if views.labels is None]
+    (batch, *_) = [views for views in make_monitor(run, data).load_views() if views.labels is None]
     assert np.array_equal(np.asarray(rows[0][-2])[..., 0], batch.on(run.device).ignore_mask[0].numpy())
 
 
@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_left_out(data):
 
 def test_strong_views_are_mixed_from_the_reversed_batch_too(data):
     run = make_run(data, cutmix_partner="reversed_batch", batch_size=6)
-    batch = next(views for views in make_monitor(run, data)._load() if views.labels is None)
+    batch = next(views for views in make_monitor(run, data).load_views() if views.labels is None)
     bare, mixed = batch.batch[1].strong[0], batch.on(run.device)
     assert mixed.box1.any()
     inside = mixed.box1.bool()

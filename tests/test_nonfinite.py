@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import unimatch
-from tests.helpers import TinyData, make_dataset, run_script
+from tests.helpers import run_script
 from util.cli import run_main
 from util.errors import EXIT_STOPPED, TrainingStopped
 from util.log import RunLog
@@ -177,12 +177,6 @@ def test_more_undone_steps_than_the_limit_stop_the_run(log):
 # --- runs
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> TinyData:
-    """Three iterations an epoch."""
-    return make_dataset(tmp_path / "data", val=1)
-
-
 def _break_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let step `number` (from 1) of a run have an image of NaN, the rest as it is."""
     step, calls = unimatch.unimatch_step, []
@@ -198,7 +192,7 @@ def _break_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_a_run_goes_on_past_a_step_that_is_not_finite(data, tmp_path, monkeypatch, capsys):
-    _break_step(monkeypatch, 3)  # the last one before an evaluation and a checkpoint
+    _break_step(monkeypatch, 3)  # the last one of an epoch, before an evaluation and a checkpoint
     unimatch.main([*data.arguments(tmp_path / "run"), *SKIP])
     assert "1 step was not finite and undone up to iteration 3 (nonfinite_limit: 10)" in capsys.readouterr().out
     for name in ("latest.pth", "best.pth"):

@@ -38,8 +38,7 @@ from dataset.prepare.downloads import (
     sbd_label,
 )
 from scripts import prepare_data
-from tests.helpers import PROJECT_ROOT
-from util.cli import run_main
+from tests.helpers import PROJECT_ROOT, refusal
 
 # pycocotools's own affair
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -405,11 +404,7 @@ def prepare(dataset, made, root, *sources, workers=1):
 
 def complaint(capsys, *arguments, **options):
     """The one line with which a command is refused."""
-    with pytest.raises(SystemExit) as end:
-        run_main(lambda: prepare(*arguments, **options))
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line.removeprefix("error: ")
+    return refusal(capsys, lambda: prepare(*arguments, **options))
 
 
 @pytest.fixture(params=DATASETS)

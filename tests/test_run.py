@@ -10,17 +10,11 @@ import pytest
 from PIL import Image
 
 from dataset import DataError
-from tests.helpers import make_dataset
 from util.cli import parse_args, run_main
 from util.distributed.launch import Processes, choose_device, find_processes, process_alone
 from util.errors import ConfigError
 from util.outputs import save_picture
 from util.run import open_run
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_dataset(tmp_path / "data")
 
 
 def start(data, tmp_path, capsys, *extra, method="unimatch"):
@@ -187,7 +181,7 @@ def test_a_tool_of_one_process_is_refused_where_several_would_write_the_same_fil
     assert process_alone("predict") == Processes()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"^predict is one process, and the environment tells of 2: .*unset RANK"):
+    with pytest.raises(ConfigError, match=r"^predict is one process, and the environment names 2: .*unset RANK"):
         process_alone("predict")
 
 

@@ -8,16 +8,11 @@ import sys
 
 import pytest
 
-from tests.helpers import PROJECT_ROOT, make_dataset, run_script
+from tests.helpers import PROJECT_ROOT, run_script
 from util import screen
 from util.screen import SteadyStream, show_progress, steady_output
 
 NAMES = ["фон", "naïve 🌿", "line\nbreak"]
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_dataset(tmp_path / "data")
 
 
 def test_what_an_encoding_lacks_is_written_in_ascii():

@@ -154,7 +154,7 @@ def test_epoch_seed_and_view_give_other_draws(root):
 
 def test_repetitions_of_a_labelled_image_are_drawn_anew(root):
     data = _dataset(root)
-    first, again = (data._labeled(Key(0, index, 0, 0)) for index in (1, 1 + LABELED))
+    (first, _), (again, _) = (data[Key(0, index, 0, 0)] for index in (1, 1 + LABELED))
     assert not torch.equal(first[0], again[0])
 
 
@@ -196,10 +196,10 @@ def test_photometry_on_the_device_is_the_workers_but_for_a_level_here_and_there(
     Image.fromarray((128 + 90 * waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8)).save(
         tmp_path / "waves.png"
     )
-    samples, source = [Sample("waves.png", "waves.png")], DataSource(tmp_path)
+    Image.new("L", (160, 140)).save(tmp_path / "label.png")
+    samples, source = [Sample("waves.png", "label.png")], DataSource(tmp_path)
     arguments = samples, [Sample("waves.png", None)], source, size, 0, strong_views
     worker, device = TrainDataset(*arguments), TrainDataset(*arguments, photometry="device")
-    worker._labeled = device._labeled = lambda key: (torch.zeros(size, size, 3), torch.zeros(size, size))
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
     levels, changes = [], []
     for epoch in range(20):

@@ -6,7 +6,7 @@ from itertools import islice
 from dataset.lists import read_list
 from dataset.sampler import EpochSampler
 from scripts.benchmark.memory import resident
-from scripts.benchmark.start import BATCH, LABELED, READ, _private, write_data
+from scripts.benchmark.start import BATCH, LABELED, READ, private_memory, write_data
 
 
 def test_the_images_that_the_first_steps_read_exist_and_no_others(tmp_path):
@@ -20,4 +20,4 @@ def test_the_images_that_the_first_steps_read_exist_and_no_others(tmp_path):
 
 
 def test_a_processs_own_memory_is_no_more_than_its_peak():
-    assert 0 < _private(os.getpid()) <= resident("VmHWM", os.getpid()) * 1.1
+    assert 0 < private_memory(os.getpid()) <= resident("VmHWM", os.getpid()) * 1.1

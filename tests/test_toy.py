@@ -20,6 +20,7 @@ from dataset.files import read_image, read_label
 from dataset.lists import read_list
 from dataset.prepare import toy
 from dataset.prepare.toy import CLASSES, NUM_LABELED, NUM_UNLABELED, NUM_VAL, PALETTE, make_toy, scene
+from dataset.source import DataSource
 from scripts import make_toy as make_toy_script
 from tests.helpers import PROJECT_ROOT
 from util.cli import run_main
@@ -110,8 +111,8 @@ def test_labels_exist_only_for_labelled_and_validation_images(root):
 
 def test_the_set_passes_the_checks_before_training(root):
     for name in ("labeled", "val"):
-        check_samples(read_list(root / f"{name}.txt"), root, N)
-    check_samples(read_list(root / "unlabeled.txt", labels=False), root, N)
+        check_samples(read_list(root / f"{name}.txt"), DataSource(root), N)
+    check_samples(read_list(root / "unlabeled.txt", labels=False), DataSource(root), N)
 
 
 def test_labels_show_their_palette_and_hold_classes_or_255(root):
@@ -224,7 +225,7 @@ def test_patterns_survive_without_colour_at_half_size_and_blurred(name):
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:96, 0:96] - 48.0
     for _ in range(20):
-        grey = 255 * (1 - toy._pattern(name, x, y, rng))
+        grey = 255 * (1 - toy.class_pattern(name, x, y, rng))
         picture = Image.fromarray(grey.astype(np.uint8))
         for seen in (picture.resize((48, 48), Image.Resampling.BILINEAR), picture.filter(BLUR)):
             pixels = np.asarray(seen, np.float64)[8:-8, 8:-8]
@@ -296,7 +297,7 @@ def test_what_the_finder_leaves_in_a_folder_spoils_no_set(tmp_path, small, monke
         patch.setattr(toy, "scene", None)  # nothing is drawn again
         make_toy(tmp_path)
     make_toy(tmp_path, seed=1)
-    assert toy._is_complete(tmp_path, seed=1)
+    assert toy.is_complete(tmp_path, seed=1)
 
 
 def test_a_failure_half_way_leaves_nothing_behind(tmp_path, small, monkeypatch):
@@ -332,7 +333,7 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_makes_it(tmp_path, small):
     assert not root.exists()
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     make_toy(root)
-    assert toy._is_complete(root, seed=0)
+    assert toy.is_complete(root, seed=0)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -349,7 +350,7 @@ def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path, small, for
 
 def test_an_empty_folder_is_filled(tmp_path, small):
     make_toy(tmp_path)
-    assert toy._is_complete(tmp_path, seed=0)
+    assert toy.is_complete(tmp_path, seed=0)
 
 
 def test_the_script_writes_a_preview_in_the_palette_s_colours(root, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What an evaluation tells besides IoU: accuracies, calibration of the confidences, boundaries, and IoU per image."""
+"""What an evaluation reports besides IoU: accuracies, calibration of the confidences, boundaries, and IoU per image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from util.evaluate import Scores
 from util.metrics import confusion_matrix, iou_per_class, mean_iou
 
 BINS = 20  # of confidence, equal, from 0 to 1
-BOUNDARY_SHARE = 0.02  # of the image's diagonal, as Cheng et al. have it
+BOUNDARY_SHARE = 0.02  # of the image's diagonal, as in Cheng et al.
 
 
 class Numbered(Dataset):

@@ -14,8 +14,8 @@ from util.config_schema import Config
 def set_backends(cfg: Config) -> None:
     """Set the switches as the config says, for training; call it before anything runs on a GPU.
 
-    cuDNN tries its kernels for each new shape and keeps the fastest, as the release does: crops have one shape. With
-    `deterministic` it does not, since another kernel adds up in another order.
+    cuDNN tries its kernels for each new shape and keeps the fastest, as in the release. That pays, since crops have one
+    shape. With `deterministic` it does not try any: another kernel would add up in another order.
     """
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to give the same sums

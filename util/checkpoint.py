@@ -25,7 +25,7 @@ _TOKEN = secrets.token_hex(4)
 # What an optimiser keeps of each parameter, in the parameter's shape.
 MOMENTA = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 CHOICES = (
-    "- set them back, choose another --save-path, or start anew with --resume never (it keeps earlier results aside)"
+    "- set them back, choose another --save-path, or start over with --resume never (it keeps earlier results aside)"
 )
 
 
@@ -120,9 +120,9 @@ def set_aside(save_path: Path, given: Path | None = None) -> Path | None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Load an optimiser's state in place, such as momenta; rates and other settings stay those of the config.
+    """Load an optimiser's state, such as momenta, in place. Rates and other settings stay as the config sets them.
 
-    Raises CheckpointError, which names the file `path`, if the state does not fit.
+    Raises CheckpointError, which names the file `path`, if the state does not fit this optimiser.
     """
     settings, names = [{**group} for group in optimizer.param_groups], MOMENTA[type(optimizer)]
     try:

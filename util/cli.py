@@ -1,4 +1,4 @@
-"""The command line that the three methods share, and how an entry script ends."""
+"""The command line that the four methods share, and how an entry script ends."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def parse_args(method: str, argv: Sequence[str] | None = None) -> argparse.Names
         "--resume",
         choices=("auto", "never"),
         default="auto",
-        help="auto: continue from latest.pth in the save path; never: start anew, earlier results are "
+        help="auto: continue from latest.pth in the save path; never: start over, earlier results are "
         "moved to a folder previous-N",
     )
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # old torch launchers pass it
@@ -111,8 +111,8 @@ def _run_main(main: Callable[[], None]) -> None:
             raise
     grouped = torch.distributed.is_initialized()
     if rank > 0 and not silent:
-        # Before the processes have met, errors occur on every process alike, and the launcher ends all when the first
-        # has ended. So rank 0 speaks at once, and another only if it is still there a little later.
+        # Before the processes have met, the same error occurs on every process. The launcher ends all once the first
+        # has ended. So rank 0 speaks at once, and another process only if it is still there a little later.
         if not grouped:
             time.sleep(5)
         message = f"process {rank}: {message}"
@@ -141,7 +141,7 @@ def _rank() -> int:
 
 
 def _end_loading_processes() -> None:
-    """Loading processes outlive SIGTERM, by which the interpreter's end would end them and then wait for them."""
+    """Let loading processes ignore SIGTERM: the interpreter would end them by it and then wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would take their end for a fault
     for child in multiprocessing.active_children():
         if child.daemon:

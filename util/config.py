@@ -6,7 +6,6 @@ util/config_schema.py, the rules in util/config_rules.py.
 
 from __future__ import annotations
 
-import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dataset.catalog import CATALOG
+from dataset.errors import one_line
+from model.weights import PROJECT_ROOT, resolve_path
 from util.config_rules import batchnorm_group, check_batch, check_rules, for_method, has_teacher
 from util.config_schema import EVAL_MODES, NOT_SHAPING, Config, Criterion
 from util.config_values import convert, convert_label_map, plain_values, without_kwargs
-from util.errors import ConfigError, one_line, quoted, suggest
+from util.errors import ConfigError, quoted, suggest
 from util.safe_yaml import MAX_YAML_BYTES, MAX_YAML_TEXT, parse_yaml
 
 __all__ = [
@@ -38,8 +39,6 @@ __all__ = [
     "resolve_path",
     "to_dict",
 ]
-
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -120,13 +119,6 @@ def differing_keys(saved: Mapping[str, Any], cfg: Config) -> list[str]:
     saved = {**plain_values(defaults), **saved}
     keys = [key for key in sorted({*saved, *now}, key=str) if key not in NOT_SHAPING and saved.get(key) != now.get(key)]
     return [f"{str(key)[:60]}: {str(saved.get(key))[:200]} -> {now.get(key)}" for key in keys]
-
-
-def resolve_path(path: str | Path) -> Path:
-    """A relative path is meant from the current folder or, where nothing is there, from the project's root."""
-    path = Path(os.path.expanduser(path))
-    # os.path.exists, unlike Path.exists, is False for an impossible name; reading it then says what is wrong with it.
-    return path if os.path.exists(path) or not os.path.exists(PROJECT_ROOT / path) else PROJECT_ROOT / path
 
 
 def _read_yaml(path: Path, shown: str) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def _key(
 
 
 def _setting(doc: str, default: Any = MISSING, **limits: float) -> Any:
-    """A key that changes where, how fast or how finely rounded a run computes, but not what: a resumed run may have
-    another value. So may keys for what happens at a fault, and paths of lists, whose contents are compared instead.
+    """A key that a resumed run may set to another value: it changes where, how fast or how finely rounded a run
+    computes, but not what. So may keys for what happens at a fault, and paths of lists, whose contents are compared.
     """
     return _key(doc, default, shapes=False, **limits)
 
@@ -56,7 +56,9 @@ class Config:
     """Everything that a run depends on besides its lists and its save path. Fields are the keys of the YAML files."""
 
     # data
-    dataset: str = _key("name of the data set; pascal, cityscapes and coco bring their classes, palette and eval_mode")
+    dataset: str = _key(
+        "name of the data set; pascal, cityscapes, ade20k and coco bring their classes, palette and eval_mode"
+    )
     data_root: str = _setting("folder that the paths in the list files are relative to")
     val_id_path: str | None = _setting(
         "list of the validation images and labels; default for published data sets: splits/DATASET/val.txt", None
@@ -89,7 +91,7 @@ class Config:
     mean: tuple[float, ...] | None = _key(
         "of each channel, of values from 0 to 1; default: ImageNet's, for 3 channels", None
     )
-    std: tuple[float, ...] | None = _key("standard deviation of each channel, likewise", None, above=0)
+    std: tuple[float, ...] | None = _key("standard deviation of each channel, as for `mean`", None, above=0)
     unlabeled_id_path: str | None = _setting(
         "list of unlabelled images, or a folder of images under data_root; labelled images are left out of it; "
         "default for published data sets: all their training images",

@@ -70,8 +70,3 @@ def quoted(value: Any) -> str:
     """A value as a message shows it, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def one_line(error: object) -> str:
-    """Its text without line breaks."""
-    return " ".join(str(error).split())

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dataset.transform import IMAGENET, Normalization, normalize
+from model.semseg import resize
 from util.distributed.collectives import all_reduce_sum
 from util.losses import slices
 from util.metrics import confusion_matrix, iou_per_class, mean_iou
 
-# Windows of equal size go through the model together up to so many pixels, and images of equal size likewise.
+# Windows of equal size go through the model together, up to so many pixels; so do images of equal size.
 CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**21
 MAX_WAITING = 32  # images that wait for others of their size
 
@@ -111,7 +111,7 @@ def class_scores(
     for scale, mirrored in views:
         view = image.flip(-1) if mirrored else image
         if mode == "sliding_window":
-            values = sliding_window(model, _resize(view, _seen_size(size, scale)), crop_size)
+            values = sliding_window(model, _resize(view, seen_size(size, scale)), crop_size)
             if len(views) == 1 and values.shape[-2:] == size:
                 return Scores(values, False)
             values = _resize(Scores(values, False).probabilities(), size)
@@ -131,10 +131,10 @@ def whole(model: nn.Module, image: torch.Tensor, scale: float = 1.0) -> torch.Te
     UniMatch V2: each side is rounded by itself, halves up; below half a patch it becomes one (the release fails).
     """
     size = image.shape[-2:]
-    return _resize(model(_resize(image, _seen_size(size, scale, getattr(model, "size_multiple", 1)))), size)
+    return _resize(model(_resize(image, seen_size(size, scale, getattr(model, "size_multiple", 1)))), size)
 
 
-def _seen_size(size: Sequence[int], scale: float, multiple: int = 1) -> tuple[int, ...]:
+def seen_size(size: Sequence[int], scale: float, multiple: int = 1) -> tuple[int, ...]:
     """The multiples of `multiple` nearest to `size` times `scale`, halves rounded up, at least one of it."""
     return tuple(multiple * max(1, math.floor(side * scale / multiple + 0.5)) for side in size)
 
@@ -142,7 +142,7 @@ def _seen_size(size: Sequence[int], scale: float, multiple: int = 1) -> tuple[in
 def _resize(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if values.shape[-2:] == tuple(size):
         return values
-    return F.interpolate(values, size=tuple(size), mode="bilinear", align_corners=True)
+    return resize(values, tuple(size))
 
 
 def sliding_window(model: nn.Module, image: torch.Tensor, size: int) -> torch.Tensor:
@@ -155,8 +155,8 @@ def sliding_window(model: nn.Module, image: torch.Tensor, size: int) -> torch.Te
     height, width = image.shape[-2:]
     moved_back = getattr(model, "size_multiple", 1) > 1
     windows = defaultdict(list)
-    for y in _starts(height, size, moved_back):
-        for x in _starts(width, size, moved_back):
+    for y in window_starts(height, size, moved_back):
+        for x in window_starts(width, size, moved_back):
             place = (..., slice(y, min(y + size, height)), slice(x, min(x + size, width)))
             windows[image[place].shape].append(place)
     scores = None
@@ -172,7 +172,7 @@ def sliding_window(model: nn.Module, image: torch.Tensor, size: int) -> torch.Te
     return scores
 
 
-def _starts(length: int, size: int, moved_back: bool) -> list[int]:
+def window_starts(length: int, size: int, moved_back: bool) -> list[int]:
     """Where the windows of `size` begin on a side of `length`."""
     stride = int(size * 2 / 3)
     if not moved_back:

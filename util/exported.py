@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dataset.errors import one_line
 from dataset.files import IGNORE_INDEX
-from util.errors import ConfigError, one_line
+from util.errors import ConfigError
 from util.outputs import MARK
 from util.trained import Trained
 

@@ -1,4 +1,4 @@
-"""Starting a run from a segmentation checkpoint's weights: what fits is loaded, what does not starts anew."""
+"""Starting a run from a segmentation checkpoint's weights: what fits is loaded, the rest is initialised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMED = 6  # tensors that the log names one by one
 
 
 class Start(NamedTuple):
-    """The weights to start from, by name, and a line for the log that names what starts anew."""
+    """The weights to start from, by name, and a line for the log that names what is initialised."""
 
     weights: dict[str, Tensor]
     note: str
@@ -35,14 +35,14 @@ def read_start(model: nn.Module, path: str) -> Start:
     if not any(name.endswith("weight") for name in weights):
         raise WeightsError(f"init_from: {path}: none of its tensors fits this model by name and shape")
     # A count of batches matters only to a BatchNorm without momentum, and is not in every file.
-    anew = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
-    reasons = [f"{name} ({_shapes(state[name], own[name])})" if name in state else name for name in anew[:NAMED]]
-    more = f" and {len(anew) - NAMED} more" if len(anew) > NAMED else ""
+    new = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    reasons = [f"{name} ({_shapes(state[name], own[name])})" if name in state else name for name in new[:NAMED]]
+    more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
     unused = sum(name not in own for name in state)
     note = f"starting from the weights of {path} (init_from): {len(weights)} of {len(own)} tensors"
     if choose_network(checkpoint, "teacher") != choose_network(checkpoint):
         note += " of the student, the trained one of the file's two networks"
-    note += f"; new are {', '.join(reasons)}{more}" if anew else ""
+    note += f"; new are {', '.join(reasons)}{more}" if new else ""
     note += f"; {unused} of the file have no place in this model" if unused else ""
     return Start(weights, note)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dataset.cache import ImageCache
 from dataset.check import check_samples
 from dataset.errors import DataError
-from dataset.files import gives_upper_bits, open_image, upper_bits_notes
+from dataset.files import gives_upper_bits, upper_bits_notes
 from dataset.lists import (
     IMAGE_SUFFIXES,
     Progress,
@@ -112,15 +112,13 @@ def check_listed(cfg: Config, lists: Iterable[Sequence[Sample]], progress: Progr
 
     Returns notes for the user. Raises DataError.
     """
-    root, deep = resolve_path(cfg.data_root), []
-    reading = {"label_map": cfg.label_map, "label_colors": cfg.color_values, "bands": cfg.bands}
+    source, deep = data_source(cfg), []
     for samples in lists:
         if cfg.check_data:
-            deep.append(check_samples(samples, root, cfg.nclass, progress=progress, **reading))
+            deep.append(check_samples(samples, source, cfg.nclass, progress=progress))
         elif samples and cfg.bands is None:
-            path = root / samples[0].image
-            with contextlib.suppress(DataError), open_image(path) as image:
-                deep.append(path if gives_upper_bits(image) else None)
+            with contextlib.suppress(DataError), source.open_image(samples[0].image) as image:
+                deep.append(source.root / samples[0].image if gives_upper_bits(image) else None)
     return upper_bits_notes(deep)
 
 

@@ -105,7 +105,7 @@ def _acquire(path: Path) -> tuple[TextIO, str, list[str]]:
                 path.unlink()
                 file.close()
                 continue
-            own = json.dumps(_own())
+            own = json.dumps(this_process())
             file.truncate(0)
             file.write(own)
             file.flush()
@@ -124,27 +124,28 @@ def _try_lock(file: TextIO) -> bool:
 
 
 def _is_alive(owner: dict[str, Any], path: Path, free: bool) -> bool:
-    own = _own()
+    own = this_process()
     if (owner["host"], owner["boot"]) == (own["host"], own["boot"]):
-        return not free or (owner["pid"] != own["pid"] and owner["start"] == _start_time(owner["pid"]))
+        return not free or (owner["pid"] != own["pid"] and owner["start"] == start_time(owner["pid"]))
     with tempfile.TemporaryFile(dir=path.parent) as now:  # by the clock of the file system, as heartbeats are
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime < STALE
 
 
-def _own() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """What a lock file says of its owner, for this process."""
     pid = os.getpid()
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start_time(pid), "since": since}
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": start_time(pid), "since": since}
 
 
 def _boot() -> str:
-    """This machine's identity since it was started; empty where the system does not tell."""
+    """This machine's identity since it was started; empty where the system does not say."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """When a process of this machine started, in ticks: numbers of processes are used again. None: there is none."""
     try:
         # The name, in parentheses, may hold anything.
@@ -162,7 +163,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def _read(file: TextIO) -> dict[str, Any] | None:
-    """Who holds the lock, as far as the file tells."""
+    """Who holds the lock, as far as the file says."""
     file.seek(0)
     try:
         owner = json.loads(file.read())
@@ -186,7 +187,7 @@ def _is_own(path: Path, file: TextIO, own: str) -> bool:
     try:
         # Without locks of the file system another run writes into the same file.
         return _is_at(file, path) and os.pread(file.fileno(), len(own) + 1, 0).decode(errors="replace") == own
-    except OSError:  # such as a network file system that is away for a moment: the write itself will tell
+    except OSError:  # such as a network file system that is away for a moment: the write itself will show it
         return True
 
 

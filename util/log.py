@@ -1,4 +1,4 @@
-"""What a run tells: lines on screen and in `train.log`, a progress bar on a terminal, curves and pictures to loggers.
+"""What a run reports: lines on screen and in `train.log`, a progress bar on a terminal, curves and pictures to loggers.
 
 Every process has a log; that of the main process writes, the others' are mute.
 """
@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from util.errors import SavePathError, one_line
+from dataset.errors import one_line
+from util.errors import SavePathError
 from util.lock import check_lock
 from util.loggers import Logger, Place, open_logger
 from util.run_files import LOG_FILE
@@ -64,7 +65,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None:  # the entry script tells it on screen
+        if error is not None:  # the entry script shows it on screen
             self.stopped(str(error) or kind.__name__)
         if self.active:
             refused = (OSError, SavePathError)
@@ -112,7 +113,7 @@ class RunLog:
                 call(logger)
             except Exception as error:  # whatever the network or the server is about
                 self._loggers.remove(logger)
-                reason = one_line(error) or type(error).__name__
+                reason = one_line(error)
                 self.info(f"warning: {logger.name}: {reason}: this run sends nothing more there")
 
     def bar(self, total: int, title: str) -> tqdm:
@@ -147,14 +148,14 @@ def _leave_writing_to_us(fault: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(fault)
 
 
-def peak_memory_gb(device: torch.device, anew: bool = True) -> float:
-    """Peak memory in GB (1e9 bytes): of tensors on a GPU since the last call with `anew`, else of this process so far.
+def peak_memory_gb(device: torch.device, reset: bool = True) -> float:
+    """Peak memory in GB (1e9 bytes): of tensors on a GPU since the last call with `reset`, else of this process so far.
 
     The host does not wait for the GPU.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-        if anew:
+        if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere

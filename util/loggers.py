@@ -22,7 +22,8 @@ from typing import Any
 from PIL import Image
 
 from dataset.atomic import replacing
-from util.errors import ConfigError, SavePathError, one_line
+from dataset.errors import one_line
+from util.errors import ConfigError, SavePathError
 from util.run_files import CURVES_FILE, SENT_FILE
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "csv": None}
@@ -34,7 +35,7 @@ PROJECT = "unimatch"  # of Weights & Biases and MLflow, unless their own environ
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run saves, the first step that it is going to write, and what tells it from others."""
+    """Where a run saves, the first step that it is going to write, and what distinguishes it from others."""
 
     folder: Path
     first_step: int = 0

@@ -50,7 +50,7 @@ class OhemCrossEntropy(nn.Module):
         if 0 < self.min_kept <= loss.numel():
             prob = torch.exp(-loss.detach())  # 1 on ignored pixels, whose loss is 0
             hard = prob <= self.thresh
-            if not (_reading_is_free(hard) and hard.sum() >= self.min_kept):  # else q <= thresh
+            if not (reading_is_free(hard) and hard.sum() >= self.min_kept):  # else q <= thresh
                 # The min_kept-th smallest p; on a CPU this is faster than kthvalue and than a sort.
                 smallest = prob.flatten().topk(self.min_kept, largest=False, sorted=False).values
                 hard = prob <= smallest.max().clamp(min=self.thresh)
@@ -108,7 +108,7 @@ def slices(tensor: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torc
     return tensor.split(max(1, size * like.shape[-2] // max(1, like.numel())), dim=-2)
 
 
-def _reading_is_free(tensor: torch.Tensor) -> bool:
+def reading_is_free(tensor: torch.Tensor) -> bool:
     """Whether a branch may read values: the host would wait for a device, and a compiler has no values."""
     return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-# Okabe and Ito (2008), "Color Universal Design": eight colours that are told apart with every kind of colour vision.
+# Okabe and Ito (2008), "Color Universal Design": eight colours that can be told apart with every kind of colour vision.
 OKABE_ITO = (
     *((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115)),
     *((240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)),

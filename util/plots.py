@@ -19,7 +19,7 @@ GREY = "#6b6b6b"
 
 
 def require_matplotlib(what: str) -> None:
-    """Raise ConfigError if `what`, an option, cannot be had for want of matplotlib."""
+    """Raise ConfigError if `what`, an option, cannot be had because matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -72,7 +72,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         if any(path != mid_epoch for path in damaged):
             raise CheckpointError(
                 f"{damaged[0]}: damaged or not a checkpoint, and there is no earlier one to fall back to: "
-                "put a good copy in its place, or start anew with --resume never (it keeps earlier results aside)"
+                "put a good copy in its place, or start over with --resume never (it keeps earlier results aside)"
             )
         path, first_step = None, 0
     else:
@@ -107,7 +107,7 @@ def as_ours(state: Any, cfg: Config, run: Mapping[str, str], steps: int) -> Any:
 
 
 def _read_whole(path: Path, damaged: list[Path], convert: Callable[[Any], Any]) -> dict[str, Any] | None:
-    """What tells a checkpoint's place and settings; None if there is no such file, or it is put among the `damaged`."""
+    """A checkpoint's place and settings; None if there is no such file, or if it is put among the `damaged`."""
     try:
         open(path, "rb").close()
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _check_settings(
 ) -> list[str]:
     """Raise CheckpointError if the checkpoint was trained otherwise. Returns notes on what may differ and does."""
     notes = [f"note: {path} is {state['note']}"] if "note" in state else []
-    # Checkpoints of earlier versions do not tell the validation list.
+    # Checkpoints of earlier versions do not name the validation list.
     saved_run, saved = {"validation list": run.get("validation list"), **state["run"]}, {**state["config"]}
     if saved.get("pretrained", True) and cfg.pretrained:  # read at the start only, wherever the file lies now
         saved["pretrained"] = cfg.pretrained

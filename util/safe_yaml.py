@@ -7,14 +7,15 @@ from typing import Any
 
 import yaml
 
-from util.errors import ConfigError, one_line, quoted
+from dataset.errors import one_line
+from util.errors import ConfigError, quoted
 
 
 class RefusedYAML(yaml.MarkedYAMLError):
     """YAML that a config does without."""
 
 
-# What is no text without quotes, as YAML 1.2 has it. YAML 1.1, which PyYAML reads, takes `no` for false, 010 for 8,
+# What is no text without quotes by YAML 1.2. YAML 1.1, which PyYAML reads, takes `no` for false, 010 for 8,
 # 1:30 for 90 and 2020-01-01 for a date: here these stay what was written.
 _NOT_TEXT = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

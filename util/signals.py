@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, un
 
 
 def hangup_is_ignored() -> bool:
-    """Whether who started this process lets it outlive its terminal, as nohup does."""
+    """Whether this process was started to go on after its terminal is closed, as by nohup."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
@@ -23,9 +23,10 @@ def hangup_is_ignored() -> bool:
 def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
     """SIGTERM, SIGUSR1 and SIGHUP (unless ignored) end the process with one line, having nothing to save.
 
-    `StopSignals` goes before it.
-    srun's status is the highest of its processes, and once one has failed it ends the others by SIGTERM: so these end
-    with a lower status than the one that failed. Where all get SIGTERM process 0 ends with that signal's status.
+    `StopSignals` takes precedence.
+
+    Once a process has failed, srun ends the others by SIGTERM, and its own status is the highest of theirs. So those
+    end with a lower status than the one that failed. If all get SIGTERM, process 0 ends with that signal's status.
     """
 
     def end(number: int, _: FrameType | None) -> None:

@@ -12,10 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dataset.errors import DataError
+from dataset.errors import DataError, one_line
 from dataset.raster import find_rasterio, open_raster
 from dataset.windows import SIGNATURE, chunk
-from util.errors import one_line
 from util.outputs import FINGERPRINT, MARK, comment
 
 COLOUR_TYPES = {"L": 0, "RGB": 2, "P": 3}  # of PNG

@@ -19,7 +19,7 @@ from util.errors import ConfigError
 from util.palette import colorblind_palette
 from util.precision import evaluation_copy, set_precision
 
-# Keys with another value than in training make other logits out of the same weights, if the weights fit at all.
+# With other values of these keys than in training, the same weights give other logits, if they fit at all.
 MODEL_KEYS = (
     "model",
     "backbone",
@@ -32,7 +32,7 @@ MODEL_KEYS = (
     "mean",
     "std",
 )
-# Keys of which the result of a tool depends besides; another value than in training is told.
+# Other keys that a tool's result depends on. A line says where their value is not the one of training.
 RESULT_KEYS = ("eval_mode", "crop_size", "label_map", "label_colors")
 # Of the machine that trained. A checkpoint's config is used without them.
 MACHINE_KEYS = ("device", "workers", "prefetch", "persistent_workers", "pin_memory", "compile")
@@ -68,7 +68,7 @@ class Trained:
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model and how it computes from others, as plain values."""
+        """What distinguishes this model and how it computes from others, as plain values."""
         rounding = {key: getattr(self.cfg, key) for key in ("amp", "channels_last")}
         shape = {key: getattr(self.cfg, key) for key in MODEL_KEYS if hasattr(self.cfg, key)}
         return {"checkpoint": self.sha256(), "weights": self.weights, **rounding, **shape}
@@ -179,19 +179,19 @@ def _compare(own: Config, cfg: Config, args: argparse.Namespace) -> list[str]:
         before, now = getattr(own, key, None), getattr(cfg, key, None)
         if before == now:
             continue
-        told = f"{key} is {_shown(now)}, the model of {args.checkpoint} was trained with {_shown(before)}"
+        line = f"{key} is {_shown(now)}, the model of {args.checkpoint} was trained with {_shown(before)}"
         if key not in asked:
-            raise ConfigError(f"{args.config}: {told}: set it so, or leave --config out and the checkpoint's is used")
-        notes.append(f"warning: --set: {told}")
+            raise ConfigError(f"{args.config}: {line}: set it so, or leave --config out and the checkpoint's is used")
+        notes.append(f"warning: --set: {line}")
     if own.nclass == cfg.nclass and own.classes != cfg.classes:
         index = next(i for i in range(own.nclass) if own.classes[i] != cfg.classes[i])
-        told = (
+        line = (
             f"classes differ from those of {args.checkpoint}: class {index} is {cfg.classes[index]!r} here and was "
             f"{own.classes[index]!r} in training"
         )
         if sorted(own.classes) == sorted(cfg.classes) and "classes" not in asked:
-            raise ConfigError(f"{args.config}: {told}; the names are the same in another order: put them back")
-        notes.append(f"warning: {told}")
+            raise ConfigError(f"{args.config}: {line}; the names are the same in another order: put them back")
+        notes.append(f"warning: {line}")
     for key in RESULT_KEYS:
         before, now = getattr(own, key), getattr(cfg, key)
         if before != now:

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.bands import Bands, read_bands
+from dataset.bands import read_bands
 from dataset.check import TWO_WAYS, bounded_map, can_be_read_two_ways, check_root, label_faults, mask_fault, mixed_fault
 from dataset.errors import DataError
 from dataset.files import (
     IGNORE_INDEX,
-    LabelColors,
     gives_upper_bits,
     image_pixel_limit,
     limit_image_pixels,
@@ -40,6 +39,7 @@ from dataset.handover import check_temporary_folder, starting
 from dataset.lists import Progress, Sample, is_hidden, no_progress, shared_images
 from dataset.prepare.duplicates import UNREAD, copies, repetitions
 from dataset.prepare.jpeg import jpeg_complaint
+from dataset.source import DataSource
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 
@@ -108,28 +108,23 @@ def inspect_lists(
     labeled: Sequence[Sample],
     unlabeled: Sequence[Sample],
     val: Sequence[Sample],
-    data_root: str | Path,
+    source: DataSource,
     classes: Sequence[str],
     crop_size: int,
-    label_map: Mapping[int, int] | None = None,
     workers: int = 1,
     progress: Progress = no_progress,
-    label_colors: LabelColors | None = None,
-    bands: Bands | None = None,
 ) -> Inspection:
     """Open every file of the lists in `workers` processes (1: in this one); `labeled` and `unlabeled` may be empty.
 
-    `progress` wraps the iterator of samples, whose number it gets too. Raises DataError without a data_root.
+    `progress` wraps the iterator of samples, whose number it gets too. Raises DataError if the source has no root.
     """
-    root = Path(data_root)
+    root, label_map = Path(source.root), source.label_map
     check_root(root)
     check_temporary_folder()
     lists = {"labelled": labeled, "unlabelled": unlabeled, "validation": val}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
-        work = functools.partial(
-            inspect_sample, root=root, nclass=len(classes), label_map=label_map, label_colors=label_colors, bands=bands
-        )
+        work = functools.partial(inspect_sample, source=source, nclass=len(classes))
         looks = _map(work, itertools.chain.from_iterable(lists.values()), workers)
         looks = iter(progress(looks, sum(map(len, lists.values()))))
         findings, totals = [], {}
@@ -203,20 +198,14 @@ def overlaps(
     ]
 
 
-def inspect_sample(
-    sample: Sample,
-    root: Path,
-    nclass: int,
-    label_map: Mapping[int, int] | None,
-    label_colors: LabelColors | None = None,
-    bands: Bands | None = None,
-) -> Look:
+def inspect_sample(sample: Sample, source: DataSource, nclass: int) -> Look:
     """Decode a sample's files and say everything there is to say about them, in the order of the files."""
     findings, digest, size = [], None, None
+    root, label_map = Path(source.root), source.label_map
     path = root / sample.image
     try:
-        if bands:
-            size = read_bands(path, bands).shape[1::-1]
+        if source.bands:
+            size = read_bands(path, source.bands).shape[1::-1]
         else:
             with open_image(path) as image:
                 findings = [Finding(level, kind, f"{path}{detail}") for level, kind, detail in _traits(image)]
@@ -231,7 +220,7 @@ def inspect_sample(
         return Look(findings, digest, size, None)
     path = root / sample.label
     try:
-        label = read_label(path, label_colors)
+        label = read_label(path, source.label_colors)
         pixels = np.array(label.histogram())
         found = np.flatnonzero(pixels).tolist()
         findings += map(_error, label_faults(sample, root, size, label, found, nclass, label_map))
@@ -241,8 +230,8 @@ def inspect_sample(
         findings.append(Finding(WARNING, LOSSY, str(path)))
     if {(label_map or {}).get(value, value) for value in found} == {IGNORE_INDEX}:
         findings.append(Finding(WARNING, EMPTY, str(path)))
-    told = any(finding.kind == TWO_WAYS for finding in findings)  # of this file alone, so not of the list as well
-    two_ways = not told and can_be_read_two_ways(found, label.info["shown"], nclass, label_map)
+    reported = any(finding.kind == TWO_WAYS for finding in findings)  # of this file alone, so not of the list as well
+    two_ways = not reported and can_be_read_two_ways(found, label.info["shown"], nclass, label_map)
     return Look(findings, digest, size, pixels, two_ways)
 
 
@@ -291,7 +280,7 @@ def _map(work: Callable[[Sample], Look], samples: Iterator[Sample], workers: int
         for looks in bounded_map(pool, functools.partial(_look_at, work), several):
             yield from looks
     except BrokenProcessPool:
-        raise DataError("a checking process was killed, perhaps for want of memory; fewer workers need less") from None
+        raise DataError("a checking process was killed, perhaps as memory ran out; fewer workers need less") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

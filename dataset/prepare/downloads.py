@@ -189,8 +189,8 @@ class Recipe:
     """How a dataset is put together. Of several rules that give one file, the first counts that finds it.
 
     `archives` are patterns of the archives' names. With `whole`, images and labels that no list names are taken too.
-    Labels with a `palette` are saved with it, as the dataset's own are. `is_converted` tells prepared labels from the
-    download's, where both have the same paths.
+    Labels with a `palette` are saved with it, as the dataset's own are. Where prepared labels and the
+    download's have the same paths, `is_converted` distinguishes them.
     """
 
     archives: tuple[str, ...]

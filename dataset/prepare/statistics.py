@@ -22,7 +22,7 @@ def channel_statistics(paths: Iterable[Path], channels: int, bands: Bands | None
     for path in paths:
         try:
             pixels = read_bands(path, bands) if bands else read_pixels(path)
-        except DataError:  # the check has told of it
+        except DataError:  # the check has reported it
             continue
         for channel in range(channels):
             counts[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)

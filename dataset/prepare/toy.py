@@ -32,7 +32,7 @@ NUM_VAL = 128
 # The first NUM_LABELED images of train are the labelled ones.
 SUBSETS = {"train": NUM_LABELED + NUM_UNLABELED, "val": NUM_VAL}
 
-VERSION = 2  # raise it with every change of a pixel: sets of another version are made anew
+VERSION = 2  # raise it with every change of a pixel: sets of another version are made again
 MANIFEST = "manifest.json"
 
 # Classes of the topmost objects, in turn: any eight images in a row show every class.
@@ -46,8 +46,8 @@ def make_toy(root: str | Path, seed: int = 0, force: bool = False) -> None:
 
     `images/{train,val}/*.png`, `labels/{train,val}/*.png` (of the labelled and the validation images only), the lists
     `labeled.txt`, `unlabeled.txt` and `val.txt` with paths relative to `root`, and a manifest with every file's digest.
-    An incomplete set, one of another seed or version, and any with `force`, is made anew. The folder appears as a whole
-    or not at all; a killed run leaves at most a hidden folder beside it.
+    An incomplete set is made again, so is one of another seed or version, and any with `force`. The folder appears
+    as a whole or not at all; a killed run leaves at most a hidden folder beside it.
 
     Raises DataError if `root` holds anything else or, without `force`, files that were changed since, all of which is
     left untouched; if it cannot be written, and for a negative `seed`.
@@ -55,7 +55,7 @@ def make_toy(root: str | Path, seed: int = 0, force: bool = False) -> None:
     if seed < 0:
         raise DataError(f"seed {seed}: the toy set's seed must be 0 or more")
     root = Path(root).resolve()
-    if not force and _is_complete(root, seed):
+    if not force and is_complete(root, seed):
         return
     _check_replaceable(root)
     if not force:
@@ -69,12 +69,12 @@ def make_toy(root: str | Path, seed: int = 0, force: bool = False) -> None:
                 root.rename(Path(scratch, "old"))
             made.rename(root)
     except OSError as error:
-        if _is_complete(root, seed):
+        if is_complete(root, seed):
             return  # another process was faster
         raise DataError(f"{root}: cannot write the toy set: {error.strerror or error}") from None
 
 
-def _is_complete(root: Path, seed: int) -> bool:
+def is_complete(root: Path, seed: int) -> bool:
     """Whether every file of the set of this seed and version is there, byte for byte."""
     manifest = _read_manifest(root)
     return (manifest.get("seed"), manifest.get("version")) == (seed, VERSION) and _digests(root) == manifest["files"]
@@ -106,7 +106,7 @@ def _check_unchanged(root: Path) -> None:
     if changed:
         raise DataError(
             f"{root}: {len(changed)} files were changed since the set was made, such as {changed[0]}: python -m "
-            f"scripts.make_toy --root {root} --force makes the whole set anew; move what is to be kept away before"
+            f"scripts.make_toy --root {root} --force makes the whole set again; move what is to be kept away before"
         )
 
 
@@ -170,7 +170,7 @@ def scene(seed: int, subset: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         centres.append(_draw_centre(width, height, centres, rng))
         dx, dy = x - centres[-1][0], y - centres[-1][1]
         inside = _outline(dx, dy, rng)
-        pattern = _pattern(CLASSES[classes[-1]], dx, dy, rng)
+        pattern = class_pattern(CLASSES[classes[-1]], dx, dy, rng)
         picture[inside] = _mix(pattern, *_colour_pair(rng, contrast=90))[inside]
         instance[inside] = number
 
@@ -238,7 +238,7 @@ def _outline(dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.nda
     return np.maximum(-v, v / 2 + abs(u) * 0.8660254) < 0.7
 
 
-def _pattern(name: str, dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def class_pattern(name: str, dx: np.ndarray, dy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The class's pattern, tilted by up to 20 degrees, as shares of two colours: (H, W) in [0, 1]."""
     u, v = _rotate(dx, dy, rng, tangent=0.18)
     period = _uniform(rng, 7, 10)

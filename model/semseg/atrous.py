@@ -20,7 +20,7 @@ class AtrousConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled() and _share_inside(x, self.dilation[0]) <= 0.5:
-            # In the type of x, as autocast has it: cast once, for the forward and the backward pass.
+            # In the type of x, which autocast chose: cast once, for the forward and the backward pass.
             return _SkippingPadding.apply(x, self.weight.to(x.dtype), self.dilation[0])
         return super().forward(x)
 
@@ -43,11 +43,11 @@ class _SkippingPadding(torch.autograd.Function):
             size = {"padding": ctx.dilation, "dilation": ctx.dilation}
             of_x = torch.nn.grad.conv2d_input(x.shape, weight, gradient, **size).to(saved[0].dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(x, gradient, weight, ctx.dilation).to(saved[1].dtype)
+            of_weight = weight_gradient(x, gradient, weight, ctx.dilation).to(saved[1].dtype)
         return of_x, of_weight, None
 
 
-def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, dilation: int) -> Tensor:
+def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """x (B, I, H, W), gradient of the output (B, O, H, W) -> gradient of the weight (O, I, 3, 3), in its layout."""
     result = torch.empty_like(weight)
     for i, (rows, rows_seen) in enumerate(_taps(x.shape[2], dilation)):

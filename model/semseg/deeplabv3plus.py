@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.activation_checkpoint import run
+from model.semseg import resize
 from model.semseg.atrous import AtrousConv2d
 from model.semseg.complementary import dropout_factors, own_rows
 
@@ -29,11 +30,6 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear; corner pixels stay corner pixels."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 class ImagePooling(nn.Module):
@@ -61,8 +57,8 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(*conv_bn_relu(5 * out_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        # First forward is last backward: pooling's gradient is never in channels_last format, and would have all others
-        # added to it in an order that is slow.
+        # Pooling comes first here, so its gradient is added last in the backward pass. That gradient is never in
+        # channels_last format: were it first, all others would be added to it in a slow order of memory.
         pooled = self.b4(x)
         return self.project(torch.cat([self.b0(x), self.b1(x), self.b2(x), self.b3(x), pooled], dim=1))
 

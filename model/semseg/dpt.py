@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.activation_checkpoint import run
 from model.backbone.dinov2 import PATCH, DINOv2
+from model.semseg import resize
 from model.semseg.complementary import dropout_factors, own_rows
 
 # Channels of the fused features, and of the features of each tap before they are fused.
@@ -23,11 +24,6 @@ HEAD_WIDTHS = {
     "dinov2_large": (256, (256, 512, 1024, 1024)),
     "dinov2_giant": (384, (1536, 1536, 1536, 1536)),
 }
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear; corner pixels stay corner pixels."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 class ResidualUnit(nn.Module):

@@ -82,6 +82,7 @@ def measure_loader(inputs: Inputs) -> Iterator[Row]:
 
 def measure_startup(inputs: Inputs) -> Iterator[Row]:
     """The checks before training, against decoding every image and label one after the other."""
+    source = DataSource(inputs.root)
     for kind in inputs.kinds:
 
         def decode_all(kind: Kind = kind) -> None:
@@ -89,7 +90,7 @@ def measure_startup(inputs: Inputs) -> Iterator[Row]:
                 image, label = read_image(inputs.root / sample.image), read_label(inputs.root / sample.label)
                 assert image.size == label.size and np.asarray(label).max() < 19
 
-        times = alternate(decode_all, lambda kind=kind: check_samples(kind.samples, inputs.root, 19), inputs.rounds)
+        times = alternate(decode_all, lambda kind=kind: check_samples(kind.samples, source, 19), inputs.rounds)
         yield Row(f"checks at the start, {kind.name}", *times, "s", "images only to their ends, labels in full")
 
 

@@ -42,7 +42,7 @@ def print_peak(module: str, name: str, arguments: tuple[Any, ...], threads: int)
     for parameter in model.parameters():
         parameter.grad = None
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     step()
     print(resident("VmHWM") - before)

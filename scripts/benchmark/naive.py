@@ -109,7 +109,7 @@ def fixmatch_step(
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     conf_thresh: float,
 ) -> torch.Tensor:
-    """FixMatch's step likewise, with the first strong view."""
+    """FixMatch's step, with the first strong view."""
     (image_x, label_x), u, u_mix = batch
     u = paste_partner(u, u_mix)
     model.eval()

@@ -106,7 +106,7 @@ def measure_start(entries: int, project: Path = PROJECT_ROOT) -> Start:
                 fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
                 computed = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # in user and in system mode
                 peak = resident("VmHWM", process.pid)
-                worker = max(_private(child) for child in _children(process.pid))
+                worker = max(private_memory(child) for child in _children(process.pid))
             finally:
                 process.send_signal(signal.SIGKILL)
         return Start(seconds, computed, peak, worker)
@@ -116,7 +116,8 @@ def _children(process: int) -> Iterator[int]:
     yield from map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
 
 
-def _private(process: int) -> float:
+def private_memory(process: int) -> float:
+    """GB of a process that it shares with no other."""
     return sum(resident(name, process, "smaps_rollup") for name in ("Private_Clean", "Private_Dirty"))
 
 

@@ -19,7 +19,7 @@ from scripts.benchmark.rows import Row, alternate, relative_difference
 from util.losses import CrossEntropy
 from util.schedule import build_optimizer
 
-# The method is what is measured, not a part of this script: hence by name.
+# By name, since the method is what is measured, not a part of this script.
 unimatch_step = importlib.import_module("unimatch").unimatch_step
 MEMORY_WAYS = {
     "naive": None,

@@ -22,7 +22,7 @@ from util.precision import set_precision
 from util.schedule import build_optimizer
 from util.teacher import Teacher
 
-# The method is what is measured, not a part of this script: hence by name.
+# By name, since the method is what is measured, not a part of this script.
 unimatch_v2_step = importlib.import_module("unimatch_v2").unimatch_v2_step
 WAYS = {"naive": {}, "float32": {}, "bf16": {"amp": "bf16"}}
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.faults if name not in FAULTS]:
         raise ConfigError(f"--faults {unknown[0]}: there are {', '.join(FAULTS)}")
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells every continued run
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every continued run
     rng, table, started = random.Random(args.seed), Table(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         root = Path(scratch)

@@ -1,4 +1,4 @@
-"""The faults: each starts a run and harms it; whoever calls continues it."""
+"""Faults of a run: each function starts a run and harms it; the caller then continues the run."""
 
 from __future__ import annotations
 

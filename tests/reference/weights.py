@@ -1,16 +1,18 @@
-"""Reference weights by formula, and the comparison of a tensor to its summary in figures.json."""
+"""Reference weights and images by formula, and the comparison of a tensor to its summary in figures.json."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tests.reference import formulas
 
 
 def reference_state(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,6 +58,19 @@ def _reference_tensor_v2(name: str, shape: tuple[int, ...]) -> Tensor:
     else:
         value = 0.1 * n
     return torch.from_numpy(value.astype(np.float32))
+
+
+def with_reference_weights(
+    model: nn.Module, state_of: Callable[[nn.Module], dict[str, Tensor]] = reference_state
+) -> nn.Module:
+    """The same model with reference weights, in float64 and eval mode."""
+    model.double().load_state_dict(state_of(model))
+    return model.eval()
+
+
+def reference_image(*args: int) -> Tensor:
+    """The image of formulas.image, in float64."""
+    return torch.from_numpy(formulas.image(*args)).double()
 
 
 def check_summary(tensor: Tensor, summary: Mapping[str, Any], rtol: float = 1e-5) -> None:

@@ -24,7 +24,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         convert_batchnorm(model)
-    # After its first backward pass DDP arranges the gradients anew, unless it looks for unused parameters (there are
+    # After its first backward pass DDP rearranges the gradients, unless it looks for unused parameters (there are
     # none). From three processes on, their sums' last bits would then depend on where a run was interrupted.
     fixed_order = device.type == "cpu" and process_count() > 2
     # Buffers are equal everywhere without being sent: synchronised BatchNorm computes the same statistics.

@@ -19,7 +19,7 @@ from util.distributed.store import Helper, NoAnswer, StoreLost
 from util.distributed.watchdog import Watchdog
 from util.errors import ConfigError, TrainingStopped
 
-PATIENCE = 7200  # seconds for the main process to come, which checks the data before; the others come sooner
+PATIENCE = 7200  # seconds for the main process to come, which checks the data before; the others come earlier
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def process_group(
 ) -> Iterator[None]:
     """Join the other processes (nccl on GPUs, gloo on the CPU); nothing for a process alone.
 
-    A process that fails ends the others soon, one that does not answer within `seconds`, and one of them says why
+    If a process fails, or does not answer within `seconds`, the others end soon and one of them says why
     (util.distributed.watchdog). `on_failure` gets the line about another process's failure. Raises ConfigError or
     TrainingStopped where the processes cannot meet.
     """
@@ -42,7 +42,7 @@ def process_group(
     if cuda:
         torch.cuda.set_device(device)
     store = _connect(processes, seconds)
-    # torchrun's store outlives a restart of the processes.
+    # torchrun's store stays when the processes are restarted.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     try:
         watchdog = Watchdog(processes, seconds, on_failure)

@@ -13,7 +13,7 @@ import torch
 from util.distributed.network import port_fault
 from util.errors import ConfigError
 
-# What to say where the environment tells of processes that are not there.
+# What to say where the environment names processes that are not there.
 UNSET = "unset RANK, LOCAL_RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS if they are left over"
 LEFT_OVER = f"{UNSET}, or start with python -m scripts.launch, torchrun or srun"
 
@@ -65,11 +65,11 @@ def find_processes(port: int | None = None) -> Processes:
 
 
 def process_alone(tool: str) -> Processes:
-    """The place of a tool that writes files as one process. Raises ConfigError where the environment tells of more."""
+    """The place of a tool that writes files as one process. Raises ConfigError where the environment names more."""
     launched = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
     count = _number("WORLD_SIZE", 1) if launched else _number("SLURM_STEP_NUM_TASKS", 1, default=1)
     if count > 1:
-        raise ConfigError(f"{tool} is one process, and the environment tells of {count}: start it alone, or {UNSET}")
+        raise ConfigError(f"{tool} is one process, and the environment names {count}: start it alone, or {UNSET}")
     return Processes()
 
 

@@ -26,9 +26,9 @@ class NoAnswer(Exception):
 
 
 class Helper:
-    """A thread that makes blocking calls for others, so that nobody waits longer than wanted, nor deaf to signals.
+    """A thread that makes blocking calls for others. They wait no longer than they want, and signals still reach them.
 
-    A call that never returns keeps the thread; it does not keep the process from ending.
+    A call that never returns occupies the thread, but the process can still end.
     """
 
     def __init__(self, name: str) -> None:

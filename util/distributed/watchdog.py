@@ -64,7 +64,7 @@ class Watchdog:
         """Wait until all processes have called this: their values, by rank. Raises TrainingStopped after `patience`."""
         self._store.set(f"{self._prefix}here{self._rank}", value)
         values: dict[int, str] = {}
-        started, told = time.monotonic(), False
+        started, noted = time.monotonic(), False
         while True:
             for rank in range(self._count):
                 if rank not in values and (found := self._store.get(f"{self._prefix}here{rank}")) is not None:
@@ -75,8 +75,8 @@ class Watchdog:
             waited = time.monotonic() - started
             if waited > patience:
                 raise TrainingStopped(f"process {_some(missing)} did not come within {waited / 60:.0f} minutes")
-            if waited > 10 and not told and self._rank == min(values):
-                told = True
+            if waited > 10 and not noted and self._rank == min(values):
+                noted = True
                 why = "the data are checked first" if 0 in missing else LEFT_OVER
                 line = f"note: waiting for process {_some(missing)} of {self._count} to start ({why})"
                 print(line, file=sys.stderr, flush=True)
@@ -131,7 +131,7 @@ class Watchdog:
         return first == line
 
     def _missing(self) -> str:
-        """Which processes the others waited for in vain: those that have not lost a connection themselves."""
+        """A line about the processes that are missing: those that have not lost a connection themselves."""
         ranks = range(self._count)
         missing = [rank for rank in ranks if self._store.get(f"{self._prefix}disconnected{rank}") is None]
         if not missing:
@@ -186,7 +186,7 @@ class Watchdog:
                 if self._stopped.wait(PERIOD):
                     return
         except StoreLost as lost:
-            # Nobody can be told any more. A process that has failed itself speaks elsewhere, if it still can.
+            # No process can be reached any more. One that has failed itself speaks elsewhere, if it still can.
             if not self._closing.is_set() and not self._failed.wait(3 * PERIOD):
                 speak = self._may_speak_alone()
                 if speak or not self._failed.is_set():
@@ -218,7 +218,7 @@ class Watchdog:
 
 
 def _machine() -> str:
-    """What tells this machine's terminal apart: torchrun's number of it, or its name; srun has one terminal for all."""
+    """Which terminal this machine has: torchrun's number of it, or its name; srun has one terminal for all."""
     if launcher_keeps_store():
         return os.environ.get("GROUP_RANK", "0")
     return socket.gethostname() if os.environ.get("RANK") else "0"
@@ -236,7 +236,7 @@ def _some(ranks: list[int]) -> str:
 
 
 def _is_disconnection(error: Exception) -> bool:
-    """Whether an operation between processes failed for want of another one; torch has no one type for that."""
+    """Whether an operation between processes failed because another one is gone; torch has no one type for that."""
     text = str(error).lower()
     words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
     by_torch = isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped)

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: copied and unpacked beside the step that is under way there."""
+"""Batches on their way to the device: they are copied and unpacked while the step before them runs there."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A step as one CUDA graph: its kernels are recorded once and then launched together, for which Python is too slow.
+"""A step as one CUDA graph: its kernels are recorded once, and later steps launch them all together.
 
-At small batches a GPU waits for the host, which launches some thousand kernels in a step, one by one.
+Otherwise the host launches some thousand kernels in a step, one by one. At small batches a GPU waits for that.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GraphedStep:
 
 
 def beside(function: Callable[[], Any]) -> Any:
-    """Run `function` on a stream that is not the default one, as what is to be recorded later must have run before."""
+    """Run `function` on a side stream: what is recorded later must have run before, and not on the default stream."""
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

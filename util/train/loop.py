@@ -101,7 +101,7 @@ class Trainer:
         cfg = run.cfg
         self.progress = Progress(steps=len(loader) // cfg.accumulate)
         self._run, self._step, self._loader, self._metrics = run, step, loader, StepMetrics()
-        # A compiler compiles anew for other shapes, and a CUDA graph has one only.
+        # A compiler compiles again for other shapes, and a CUDA graph has one only.
         self._feed = Feed(run.device, fixed_shapes=cfg.compile or cfg.cuda_graphs, by=cfg.normalization)
         self.saver = Saver(run, step, self._metrics, self.progress, signals)
         self.saver.resume()
@@ -124,7 +124,7 @@ class Trainer:
             while batches := list(islice(waited, cfg.accumulate)):
                 iteration = progress.iteration
                 set_poly_lr(optimizer, iteration, self._total)
-                # Channel dropout draws from torch's generator. Seeded anew, it depends on the step alone, and on all
+                # Channel dropout draws from torch's generator. Seeded here, it depends on the step alone, and on all
                 # processes alike: each draws for all samples of the step.
                 torch.manual_seed(step_seed(cfg.seed, progress.epoch, progress.position))
                 self._metrics.append(iteration, *self._step.run(self._feed(batch) for batch in batches))
@@ -154,7 +154,7 @@ class Trainer:
         curves = {f"train/{CURVES.get(name, name)}": value for name, value in means.items()}
         curves |= dict(zip(("train/lr", "train/lr_head"), rates, strict=False))
         curves |= {"machine/images_per_second": speed.speed, "machine/data_wait": speed.waiting}
-        curves["machine/memory_gb"] = peak_memory_gb(run.device, anew=False)
+        curves["machine/memory_gb"] = peak_memory_gb(run.device, reset=False)
         run.log.scalars(curves, last)
 
 

@@ -73,7 +73,7 @@ class Monitor:
         log.scalars(values, step)
         log.pictures(pictures, step)
 
-    def _load(self) -> list[Views]:
+    def load_views(self) -> list[Views]:
         """The views, those of labelled images first, in batches of a step's size. They are decoded once."""
         if self._views is None:
             run, sampled = self._run, []
@@ -93,10 +93,10 @@ class Monitor:
         found = []
         for index, sample in enumerate(samples):
             partner = {"other_image": (index + 1) % len(samples), "reversed_batch": -1}.get(cfg.cutmix_partner, index)
-            key = Key(int(labeled), 0, index, partner)  # the epoch tells the draws of both kinds apart
+            key = Key(int(labeled), 0, index, partner)  # the epoch keeps the draws of both kinds apart
             try:
                 found.append((dataset[key], dataset.label_of_weak_view(key, sample) if labeled else None))
-            except DataError:  # training tells of it, when it meets the file
+            except DataError:  # training reports it when it reads the file
                 continue
         batches = []
         for start in range(0, len(found), cfg.batch_size):
@@ -109,7 +109,7 @@ class Monitor:
         cfg, device = self._run.cfg, self._run.device
         counts = PseudoLabelCounts(cfg.nclass, cfg.conf_thresh, device)
         rows: dict[bool, list[list[Image.Image]]] = {False: [], True: []}
-        for batch in self._load():
+        for batch in self.load_views():
             u = batch.on(device, cfg.normalization)
             label, conf = pseudo_label(labeler(u.weak))
             truth = None if batch.labels is None else batch.labels.to(device)

@@ -122,7 +122,7 @@ class OptimizerStep:
         return left_out if undone is None else left_out | undone
 
     def _note_left_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # The scaler tells an optimiser that knows of it, as the fused one does, whether to leave this step out.
+        # An optimiser that takes a scaler, as the fused one does, learns from it whether to leave this step out.
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self._left_out.append(found.detach().clone())

@@ -28,7 +28,7 @@ class Saver:
     """Writes a run's checkpoints, and loads the one that it continues from.
 
     A mid-epoch checkpoint is written every `checkpoint_minutes`, and when a signal asks the run to end. It also holds
-    what the log has not told yet, so that a resumed run logs what an uninterrupted one does.
+    what has not been logged yet, so that a resumed run logs what an uninterrupted one does.
     """
 
     SAVE = 1  # what a process asks for; the numbers of signals are greater

@@ -1,4 +1,4 @@
-"""ImageNet weights and checkpoints: what loads, and what each mistake says."""
+"""model/weights.py: ImageNet weights and checkpoints: what loads, and what each mistake says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network against the reference figures, and what the figures cannot show."""
+"""The network with DeepLabV3+'s head against the reference figures, and what the figures cannot show."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from model import BACKBONES
 from model.backbone import create_backbone
 from model.backbone.xception import Block
 from tests.helpers import make_model
-from tests.reference import formulas
-from tests.reference.weights import check_summary, reference_state
+from tests.reference.weights import check_summary, reference_image, reference_state, with_reference_weights
 
 REFERENCE = Path(__file__).parent / "reference"
 FIGURES = json.loads((REFERENCE / "figures.json").read_text())
@@ -41,15 +40,6 @@ def make_meta(*args, **kwargs):
     """Shapes only."""
     with torch.device("meta"):
         return make(*args, **kwargs)
-
-
-def with_reference_weights(model):
-    model.double().load_state_dict(reference_state(model))
-    return model.eval()
-
-
-def reference_image(*args):
-    return torch.from_numpy(formulas.image(*args)).double()
 
 
 @pytest.fixture(scope="module")
