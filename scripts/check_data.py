@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     inside = None if cfg.allow_outside_root else data_root
     labeled = read_list(resolve_path(args.labeled_id_path), inside=inside) if args.labeled_id_path else []
     val = read_list(resolve_path(cfg.val_id_path), inside=inside)
-    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled) or []
+    notes: list[str] = []
+    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled, notes=notes) or []
     output = Path(args.output) if args.output else None
     if output:
         given = (args.config, args.labeled_id_path, args.unlabeled_id_path, cfg.unlabeled_id_path, cfg.val_id_path)
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{cfg.dataset}: {len(labeled)} labelled, {len(unlabeled)} unlabelled and {len(val)} validation images in "
         f"{data_root}, {cfg.nclass} classes"
     )
+    title = "\n".join([title, *notes])
     table = class_table(inspection, cfg.classes)
     verdict = _verdict(inspection, args.strict)
     print("\n\n".join([title, format_findings(inspection, args.show), table, verdict]))

@@ -496,6 +496,12 @@ def test_the_check_keeps_few_bytes_of_each_sample(tmp_path, monkeypatch):
     assert found.pixels["validation"].tolist() == [5000] * 256
 
 
+def test_what_is_left_out_of_a_folder_of_unlabelled_images_is_counted(data, check):
+    (data.root / "images/notes.txt").write_text("mine")
+    output = check("--unlabeled-id-path", "images")[1]
+    assert "\nnote: other files in images were left out: 1, such as images/notes.txt\n" in output
+
+
 def die(*_, **__):
     os._exit(9)
 
