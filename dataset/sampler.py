@@ -42,7 +42,9 @@ class EpochSampler(Sampler[Key]):
     With `accumulate`, that many batches make a step, and the epoch is cut to whole steps.
 
     `partner` says where CutMix pastes from: another view of the `same_image`, a view of an `other_image`, or the
-    `reversed_batch`, for which a key has no partner.
+    `reversed_batch`, for which a key has no partner. For this one the second half of a process's batch comes from the
+    positions of its mirror image, process P - 1 - rank: each process then finds in its own batch, reversed, what one
+    process with all images would find in all of them. (But for the middle of an odd batch, which is its own partner.)
     """
 
     def __init__(
@@ -90,7 +92,15 @@ class EpochSampler(Sampler[Key]):
 
     def _own_share(self, order: np.ndarray) -> np.ndarray:
         """What is left of this process's part of the order, which is repeated until all parts are equally long."""
-        positions = range(self.rank + self.start * self.processes, len(self) * self.processes, self.processes)
+        own = self._share(order, self.rank)
+        if self.partner == "reversed_batch":
+            mirrored = 2 * (np.arange(self.start, len(self)) % self.batch_size) >= self.batch_size
+            own[mirrored] = self._share(order, self.processes - 1 - self.rank)[mirrored]
+        return own
+
+    def _share(self, order: np.ndarray, first: int) -> np.ndarray:
+        """Every `processes`-th of the order from position `first` on, without what was left out."""
+        positions = range(first + self.start * self.processes, len(self) * self.processes, self.processes)
         listed = order[positions.start : positions.stop : self.processes]
         repeated = [order[position % len(order)] for position in positions[len(listed) :]]
         # Half the memory of the order itself, of which nothing is kept.

@@ -104,7 +104,7 @@ def test_shares_are_equal_and_only_the_last_images_are_repeated(labeled, unlabel
 
 @pytest.mark.parametrize("processes, batch_size", [(2, 2), (4, 1)])
 @pytest.mark.parametrize("labeled, unlabeled", [(5, 42), (60, 42), (42, None)])
-@pytest.mark.parametrize("partner", ["same_image", "other_image"])
+@pytest.mark.parametrize("partner", ["same_image", "other_image", "reversed_batch"])
 def test_a_step_of_several_processes_sees_what_one_process_would(processes, batch_size, labeled, unlabeled, partner):
     one = _epoch(labeled, unlabeled, 4, 3, partner=partner, epoch=1)
     several = [
@@ -113,6 +113,25 @@ def test_a_step_of_several_processes_sees_what_one_process_would(processes, batc
     for step in range(len(one) // 4):
         together = [key for own in several for key in own[step * batch_size : (step + 1) * batch_size]]
         assert sorted(together) == sorted(one[4 * step : 4 * step + 4])
+
+
+@pytest.mark.parametrize("processes, batch_size", [(2, 2), (2, 4), (4, 2), (3, 4)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_process_finds_in_its_reversed_batch_what_one_process_would(processes, batch_size, accumulate):
+    """CutMix's partners; also from the middle of an epoch."""
+
+    def pairs(rank: int, count: int, size: int) -> list[tuple[int, int]]:
+        sampler = EpochSampler(5, 96, size, 3, rank, count, "reversed_batch", accumulate=accumulate)
+        sampler.set_epoch(1, start=size * accumulate)
+        batches = np.array([key.unlabeled for key in sampler]).reshape(-1, size)
+        return np.stack([batches, batches[:, ::-1]], axis=-1).reshape(-1, 2).tolist()
+
+    one, total = pairs(0, 1, batch_size * processes), batch_size * processes
+    several = [pairs(rank, processes, batch_size) for rank in range(processes)]
+    assert len(one) == processes * len(several[0]) > total
+    for start in range(0, len(several[0]), batch_size):
+        together = [pair for own in several for pair in own[start : start + batch_size]]
+        assert sorted(together) == sorted(one[start * processes : start * processes + total])
 
 
 @pytest.mark.parametrize("unlabeled", [40, None])

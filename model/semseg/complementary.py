@@ -22,21 +22,29 @@ def complementary_dropout(pairs: int, width: int) -> Tensor:
     return torch.cat([first, 2 - first])
 
 
-def own_rows(factors: Tensor, share: tuple[int, int]) -> Tensor:
+def own_rows(factors: Tensor, share: tuple[int, int], mirrored: bool = False) -> Tensor:
     """The rows that are one process's of factors drawn for all of them, (2 T, ...): of two parts of T samples each.
 
     `share` = (number of the process, processes). Sample j of a step is process j mod `processes`'s, as in EpochSampler,
-    so what a sample loses does not depend on how many processes there are.
+    so what a sample loses does not depend on how many processes there are. `mirrored`: in the second half of a batch it
+    is the mirror image's, as there where CutMix pastes from the reversed batch.
     """
     rank, processes = share
-    return factors if processes == 1 else factors.unflatten(0, (2, -1))[:, rank::processes].flatten(0, 1)
+    if processes == 1:
+        return factors
+    rows = factors.unflatten(0, (2, -1, processes))
+    own = rows[:, :, rank]
+    if mirrored:
+        half = (own.shape[1] + 1) // 2
+        own = torch.cat([own[:, :half], rows[:, half:, processes - 1 - rank]], dim=1)
+    return own.flatten(0, 1)
 
 
 def dropout_factors(comp_drop: bool | Tensor, batch: int, width: int, share: tuple[int, int] = (0, 1)) -> Tensor | None:
     """What a model's argument `comp_drop` stands for: factors (batch, width), or None for False.
 
-    True: drawn for a batch of two views, [s1; s2]; of all processes' samples this one has its `share`, as in own_rows.
-    Raises ValueError if the batch cannot be halved.
+    True: drawn for a batch of two views, [s1; s2]; of all processes' samples this one has its `share`, as in own_rows,
+    mirrored. Raises ValueError if the batch cannot be halved.
     """
     if isinstance(comp_drop, Tensor):
         return comp_drop
@@ -44,4 +52,4 @@ def dropout_factors(comp_drop: bool | Tensor, batch: int, width: int, share: tup
         return None
     if batch % 2:
         raise ValueError(f"comp_drop: two views of each image needed, got a batch of {batch}")
-    return own_rows(complementary_dropout(batch // 2 * share[1], width), share)
+    return own_rows(complementary_dropout(batch // 2 * share[1], width), share, mirrored=True)
