@@ -55,13 +55,6 @@ class Cost(NamedTuple):
     messages: int
 
 
-class _Mode(FakeTensorMode):
-    """A copied model, such as a teacher, stays in the same mode."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
-        return self
-
-
 class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors that are alive, made since it began: `now`, and at most so far."""
 
@@ -97,7 +90,7 @@ def step_cost(cfg: Config, method: str, gradients_stay: bool = False, count_flop
     `gradients_stay`: gradients are there from the beginning, as with `accumulate` and with several processes. Without
     `count_flops`, which takes longer, `flops` is 0.
     """
-    with warnings.catch_warnings(), _Mode(), LiveBytes() as live:
+    with warnings.catch_warnings(), FakeTensorMode(), LiveBytes() as live:
         warnings.simplefilter("ignore")  # of copying tensors without values
         model = set_precision(build_model(cfg, pretrained=False), replace(cfg, compile=False, channels_last=False))
         teacher = Teacher(model, cfg.teacher_decay) if has_teacher(cfg, method) else None

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
+from tests.helpers import assert_same
 from util.log import RunLog
+from util.teacher import Teacher
 from util.train.optimizer_step import OptimizerStep
 
 
 def _step(
-    tmp_path, amp: str, on_nonfinite: str = "stop", accumulate: int = 1
+    tmp_path, amp: str, on_nonfinite: str = "stop", accumulate: int = 1, teacher: bool = False
 ) -> tuple[OptimizerStep, nn.Module, list[str]]:
     lines: list[str] = []
     model = nn.Linear(3, 1)
@@ -29,7 +33,7 @@ def _step(
         backward(loss)
         return {"loss": loss.detach()}
 
-    return OptimizerStep(run, model, optimizer, train_step), model, lines
+    return OptimizerStep(run, model, optimizer, train_step, Teacher(model) if teacher else None), model, lines
 
 
 def test_steps_that_the_scaler_leaves_out_change_nothing_and_are_counted(tmp_path):
@@ -43,6 +47,21 @@ def test_steps_that_the_scaler_leaves_out_change_nothing_and_are_counted(tmp_pat
     step.report(4)
     assert lines == ["2 steps left out by the gradient scaler, which lowers its scale, up to iteration 4"]
     assert step.state_dict()["scaler"]["scale"] == scale / 4
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_steps_that_the_scaler_leaves_out_leave_the_teacher_alone(tmp_path, on_nonfinite):
+    step, model, _ = _step(tmp_path, "fp16", on_nonfinite, teacher=True)
+    students = []
+    for factor in (1.0, float("inf"), 1.0, float("nan")):
+        before = copy.deepcopy(step.teacher.state_dict())
+        step.run([torch.tensor(factor)])
+        if factor == 1.0:
+            students.append(model.weight.detach().clone())
+        else:
+            assert_same(before, step.teacher.state_dict())
+    assert step.teacher.state_dict()["teacher_updates"] == 2
+    torch.testing.assert_close(step.teacher.model.weight, sum(students) / 2)
 
 
 def test_the_scaler_s_steps_are_not_those_that_the_guard_undoes(tmp_path):
