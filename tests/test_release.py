@@ -16,11 +16,12 @@ import unimatch
 import unimatch_v2
 from dataset.catalog import CATALOG
 from dataset.lists import read_list
-from tests.helpers import PROJECT_ROOT, make_dataset, photo, save
+from tests.helpers import PROJECT_ROOT, assert_same, make_dataset, photo, save
 from util.config import Config, to_dict
 from util.release import adopt, is_release, without_frozen
 from util.schedule import build_optimizer
 
+NETWORKS = {"model": "model", "model_ema": "teacher"}  # in the release's checkpoints, and in ours
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -42,6 +43,7 @@ def test_a_run_of_the_release_goes_on_at_its_next_epoch_to_the_same_end(tmp_path
     supervised.main([*data.arguments(path), *arguments])
     out = capsys.readouterr().out
     assert f"note: {path}/latest.pth is a checkpoint of the published code after 1 epochs" in out
+    assert "whose epochs have 2 iterations; its best epoch is not told\n" in out
     assert re.search(r"1 of 2 epochs are done, best mIoU \d+\.\d\d\n", out)
     whole, continued = (torch.load(folder / "latest.pth", weights_only=True) for folder in (tmp_path / "whole", path))
     assert continued["epoch"] == 2 and continued["previous_best"] == whole["previous_best"]
@@ -50,6 +52,26 @@ def test_a_run_of_the_release_goes_on_at_its_next_epoch_to_the_same_end(tmp_path
         assert torch.equal(values["momentum_buffer"], continued["optimizer"]["state"][number]["momentum_buffer"])
     for folder in (tmp_path / "whole", path):
         shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_run_of_unimatch_v2_s_release_goes_on_with_its_teacher(tmp_path, capsys):
+    data, path = make_dataset(tmp_path / "data", val=1), tmp_path / "run"
+    data.configure(epochs=2, optimizer="adamw", conf_thresh=0.4)
+    unimatch_v2.main(data.arguments(tmp_path / "whole"))
+    state = torch.load(tmp_path / "whole" / "previous.pth", weights_only=True)
+    release = {name: {f"module.{key}": tensor for key, tensor in state[own].items()} for name, own in NETWORKS.items()}
+    release |= {"optimizer": state["optimizer"], "epoch": 0, "best_epoch": 0, "best_epoch_ema": 0}
+    release |= {"previous_best": np.float64(99), "previous_best_ema": np.float64(state["previous_best"])}
+    path.mkdir()
+    torch.save(release, path / "latest.pth")
+    capsys.readouterr()
+    unimatch_v2.main(data.arguments(path))
+    assert "is a checkpoint of the published code after 1 epochs" in (out := capsys.readouterr().out)
+    assert "is not told" not in out
+    whole, continued = (torch.load(folder / "latest.pth", weights_only=True) for folder in (tmp_path / "whole", path))
+    for key in ("model", "teacher", "optimizer", "teacher_updates", "epoch", "previous_best", "best_epoch"):
+        assert_same(whole[key], continued[key], key)
 
 
 # Of each of the release's files: the method, the split whose files are made small, and what makes the run quick.
@@ -132,6 +154,22 @@ def test_parameters_without_a_gradient_are_taken_out_of_the_releases_optimizer()
     assert without_frozen(state, ours) is state  # of our own, nothing is taken out
 
 
+def test_of_a_locked_backbone_the_releases_optimizer_holds_nothing():
+    theirs, ours = _Net(), _Net()
+    for net in (theirs, ours):
+        net.backbone.requires_grad_(False)
+    optimizer = build_optimizer(theirs, 0.1, 2, kind="adamw")
+    theirs.step(optimizer)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 3]
+    ours.load_state_dict(theirs.state_dict())
+    ours.unused[1].requires_grad_(False)
+    own = build_optimizer(ours, 0.1, 2, kind="adamw")
+    own.load_state_dict(without_frozen(copy.deepcopy(optimizer.state_dict()), ours))
+    theirs.step(optimizer)
+    ours.step(own)
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("state", [{}, {"param_groups": 3, "state": {}}, {"param_groups": [1], "state": 2}, [1]])
 def test_what_is_no_optimizers_state_is_left_for_the_loader_to_refuse(state):
     net = _Net()
@@ -149,3 +187,5 @@ def test_v2s_checkpoint_brings_its_teacher_whose_best_is_followed():
     assert (ours["epoch"], ours["iteration"], ours["previous_best"], ours["best_epoch"]) == (5, 50, 60.0, 3)
     assert ours["teacher"] is state["model_ema"] and int(ours["teacher_updates"]) == 50
     assert not is_release(ours)
+    ours = adopt(state, {**to_dict(cfg), "evaluate": "student"}, {"method": "unimatch_v2"}, steps=10)
+    assert (ours["previous_best"], ours["best_epoch"]) == (50.0, 2)

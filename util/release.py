@@ -29,17 +29,20 @@ def adopt(state: Mapping[str, Any], config: Mapping[str, Any], run: Mapping[str,
     if not isinstance(state["epoch"], int):
         return {**state, "iteration": 0, "config": {}, "run": {}}
     epoch = state["epoch"] + 1
-    own = {"epoch": epoch, "iteration": epoch * steps, "config": dict(config), "run": dict(run), "best_epoch": epoch}
-    if "model_ema" in state:  # best.pth follows the teacher here
+    own = {"epoch": epoch, "iteration": epoch * steps, "config": dict(config), "run": dict(run)}
+    best, best_epoch = state["previous_best"], state.get("best_epoch")
+    if "model_ema" in state:
         own |= {"teacher": state["model_ema"], "teacher_updates": torch.tensor(epoch * steps)}
-        own |= {"previous_best": state.get("previous_best_ema", state["previous_best"])}
-        best = state.get("best_epoch_ema")
-        own |= {"best_epoch": best + 1} if isinstance(best, int) else {}
+        if config.get("evaluate") != "student":  # best.pth follows the teacher here
+            best, best_epoch = state.get("previous_best_ema", best), state.get("best_epoch_ema")
+    told = isinstance(best_epoch, int)
+    own |= {"previous_best": best, "best_epoch": best_epoch + 1 if told else epoch}
     own["note"] = (
         f"a checkpoint of the published code after {epoch} epochs; it tells neither settings nor lists, so they are "
         f"assumed to be those of this run, whose epochs have {steps} iterations"
+        f"{'' if told else '; its best epoch is not told'}"
     )
-    return {"model": state["model"], "optimizer": state["optimizer"], "previous_best": state["previous_best"], **own}
+    return {"model": state["model"], "optimizer": state["optimizer"], **own}
 
 
 def without_frozen(optimizer: Any, model: nn.Module) -> Any:
@@ -51,10 +54,13 @@ def without_frozen(optimizer: Any, model: nn.Module) -> Any:
     groups = [[p for name, p in named if ("backbone" in name.split(".")) == backbone] for backbone in (True, False)]
     try:
         saved, state_of = optimizer["param_groups"], optimizer["state"]
-        whole = [len(group["params"]) for group in saved] == [len(group) for group in groups]
+        counts = [len(group["params"]) for group in saved]
     except (KeyError, TypeError):  # a stranger's; loading it says what is wrong
-        whole = False
-    if not whole or all(parameter.requires_grad for _, parameter in named):
+        return optimizer
+    if counts[:1] == [0] and not any(p.requires_grad for p in groups[0]):
+        groups[0] = []  # of a locked backbone the release keeps nothing
+    whole = counts == [len(group) for group in groups]
+    if not whole or all(parameter.requires_grad for group in groups for parameter in group):
         return optimizer
     state, kept, number = {}, [], 0
     for group, parameters in zip(saved, groups, strict=True):
