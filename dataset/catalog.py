@@ -17,7 +17,8 @@ class DatasetInfo:
     `{part}` (one of `parts`: the name of the training and of the validation folder) and, for Cityscapes, `{city}`.
     `unlabeled` is the list or the folder of all training images, of which the labelled ones are left out;
     `eval_mode` is the one of the published figures: "original" or "sliding_window". `supervised_epoch`: to so many
-    images UniMatch V2's supervised baseline repeats a labelled list that is shorter.
+    images UniMatch V2's supervised baseline repeats a labelled list that is shorter. `reference_batch_v2`: labelled
+    images of a step of UniMatch V2 as published, over all processes.
     """
 
     name: str
@@ -28,6 +29,7 @@ class DatasetInfo:
     label: str
     unlabeled: str
     supervised_epoch: int
+    reference_batch_v2: int
     parts: tuple[str, str] = ("train", "val")
 
 
@@ -126,6 +128,7 @@ CATALOG: dict[str, DatasetInfo] = {
             label="SegmentationClass/{id}.png",
             unlabeled="splits/pascal/train.txt",
             supervised_epoch=3000,
+            reference_batch_v2=16,
         ),
         DatasetInfo(
             name="cityscapes",
@@ -136,6 +139,7 @@ CATALOG: dict[str, DatasetInfo] = {
             label="gtFine/{part}/{city}/{id}_gtFine_labelTrainIds.png",
             unlabeled="splits/cityscapes/train.txt",
             supervised_epoch=3000,
+            reference_batch_v2=8,
         ),
         DatasetInfo(
             name="coco",
@@ -146,6 +150,7 @@ CATALOG: dict[str, DatasetInfo] = {
             label="masks/{id}.png",
             unlabeled="train2017",
             supervised_epoch=30_000,
+            reference_batch_v2=16,
         ),
         DatasetInfo(
             name="ade20k",
@@ -156,6 +161,7 @@ CATALOG: dict[str, DatasetInfo] = {
             label="annotations/{part}/{id}.png",
             unlabeled="images/training",
             supervised_epoch=6000,
+            reference_batch_v2=8,
             parts=("training", "validation"),
         ),
     )

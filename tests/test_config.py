@@ -692,6 +692,8 @@ def test_as_many_images_as_one_batch_suffice(write):
     [
         ("unimatch", 1, 1, True),  # [x; w] and [s1; s2] are two images each
         ("fixmatch", 1, 1, False),  # [s] is one
+        ("fixmatch with a teacher", 1, 1, True),  # [x; s]
+        ("unimatch_v2", 1, 1, False),  # [x]
         ("supervised", 1, 1, False),
         ("fixmatch", 1, 2, True),  # BatchNorm is synchronised
         ("supervised", 1, 2, True),
@@ -700,7 +702,8 @@ def test_as_many_images_as_one_batch_suffice(write):
     ],
 )
 def test_a_batchnorm_group_of_one_image_is_refused_with_the_reason(write, method, batch_size, processes, fits):
-    cfg = load_config(write(batch_size=batch_size))
+    method, _, teacher = method.partition(" with a ")
+    cfg = load_config(write(batch_size=batch_size, **{teacher: "ema"} if teacher else {}))
     unlabeled = None if method == "supervised" else 8
     if fits:
         check_batch(cfg, method, processes, 8, unlabeled)
@@ -721,10 +724,12 @@ def test_a_backbone_of_the_other_model_is_named_with_its_model(write):
     assert "resnet18 is for model: deeplabv3plus" in complaint(write(model="dpt"))
 
 
-@pytest.mark.parametrize(("size", "near"), [(520, "518 and 532"), (20, "14 and 28"), (321, "308 and 322")])
+@pytest.mark.parametrize(
+    ("size", "near"), [(520, "are 518 and 532"), (20, "is 28"), (321, "are 308 and 322"), (8191, "is 8190")]
+)
 def test_a_crop_that_dinov2_cannot_take_is_refused_with_the_nearest_sizes(write, size, near):
     message = complaint(write(model="dpt", backbone="dinov2_small", crop_size=size))
-    assert f"crop_size: {size} is no multiple of 14" in message and message.endswith(f"near are {near}")
+    assert f"crop_size: {size} is no multiple of 14" in message and message.endswith(f"near {near}")
 
 
 @pytest.mark.parametrize(
@@ -822,6 +827,25 @@ def test_the_releases_own_files_are_the_same_recipes(name):
     release = load_config(f"tests/reference/release_configs/{name}.yaml", [f"data_root=data/{name}"])
     ours = load_config(f"configs/{name}.yaml", [f"data_root=data/{name}"])
     assert differing_keys(to_dict(release), ours) == []
+
+
+def test_the_file_of_unimatch_v2_s_release_is_the_same_recipe():
+    release = load_config("tests/reference/release_configs/v2_pascal.yaml", ["data_root=data/pascal"])
+    ours = load_config("configs/v2/pascal.yaml", ["data_root=data/pascal"])
+    assert differing_keys(to_dict(release), ours) == ["optimizer: None -> adamw"]
+    assert release.optimizer_kind == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "batch"),
+    [("dpt", "pascal", 16), ("dpt", "coco", 16), ("dpt", "cityscapes", 8), ("dpt", "ade20k", 8), ("dpt", "mine", 8)]
+    + [("deeplabv3plus", "pascal", 8)],
+)
+def test_the_reference_batch_is_the_published_one_unless_it_is_given(write, model, dataset, batch):
+    keys = {"model": "dpt", "backbone": "dinov2_small", "crop_size": 70} if model == "dpt" else {}
+    keys |= {"dataset": dataset} | ({} if dataset == "mine" else {"classes": None})
+    assert load_config(write(**keys)).reference_batch == batch
+    assert load_config(write(**keys, reference_batch=5)).reference_batch == 5
 
 
 @pytest.mark.parametrize("key", [key for key in FIELDS if key != "nclass"])

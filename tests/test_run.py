@@ -7,9 +7,11 @@ import pwd
 import shutil
 
 import pytest
+import yaml
 from PIL import Image
 
 from dataset import DataError
+from tests.helpers import PROJECT_ROOT, make_dataset
 from util.cli import parse_args, run_main
 from util.distributed.launch import Processes, choose_device, find_processes, process_alone
 from util.errors import ConfigError
@@ -45,6 +47,18 @@ def test_the_batch_is_counted_over_all_processes_before_it_is_doubled(data, tmp_
     data.configure(batch_size=2, reference_batch=2)
     cfg, output = start(data, tmp_path, capsys, "--double-batch", method="supervised")
     assert cfg.batch_size == 2 and "not doubled, 4 images a step" in output
+
+
+def test_the_file_of_unimatch_v2_s_release_is_doubled_on_its_four_processes(tmp_path, capsys, monkeypatch):
+    data = make_dataset(tmp_path / "data", labeled=32)
+    monkeypatch.setattr("util.run.find_processes", lambda _: Processes(0, 4, 0))
+    monkeypatch.setattr("util.run.process_group", lambda *_: contextlib.nullcontext())
+    release = yaml.safe_load((PROJECT_ROOT / "tests/reference/release_configs/v2_pascal.yaml").read_text())
+    kept = {key: value for key, value in data.settings().items() if key in ("data_root", "val_id_path", "pretrained")}
+    data.config.write_text(yaml.safe_dump({**release, **kept, "scale_lr": True, "workers": 0, "device": "cpu"}))
+    cfg, output = start(data, tmp_path, capsys, "--double-batch", method="supervised")
+    assert (cfg.batch_size, cfg.reference_batch) == (8, 32)
+    assert "32 labelled images a step (8 x 4); the recipe's reference is 32 labelled; lr 5e-06 (" in output
 
 
 def test_hidden_images_of_a_list_are_warned_of(data, tmp_path, capsys):

@@ -34,11 +34,12 @@ def check_rules(cfg: Config, given: Collection[str], where: Callable[[str], str]
         )
     multiple = SIZE_MULTIPLES[cfg.model]
     if cfg.crop_size % multiple:
-        below = cfg.crop_size // multiple * multiple
-        near = " and ".join(str(size) for size in (below, below + multiple) if size)
+        below, limits = cfg.crop_size // multiple * multiple, Config.__dataclass_fields__["crop_size"].metadata
+        near = [size for size in (below, below + multiple) if limits["minimum"] <= size <= limits["maximum"]]
         fail(
             "crop_size",
-            f"{cfg.crop_size} is no multiple of {multiple}, which model: {cfg.model} needs; near are {near}",
+            f"{cfg.crop_size} is no multiple of {multiple}, which model: {cfg.model} needs; "
+            f"near {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}",
         )
     if cfg.backbone == "xception" and cfg.replace_stride_with_dilation != (False, False, True):
         fail("replace_stride_with_dilation", "xception has output stride 16 only: [false, false, true]")
@@ -153,6 +154,8 @@ def check_batch(cfg: Config, method: str, processes: int, labeled: int, unlabele
 def batchnorm_group(cfg: Config, method: str, processes: int) -> int | None:
     """Images in the smallest BatchNorm group, that of one training forward; None where the model has no BatchNorm.
 
-    UniMatch's [x; w] and [s1; s2] have two images per sample, FixMatch's [s] and the supervised [x] have one.
+    UniMatch's [x; w] and [s1; s2] have two images per sample, as has [x; s] of FixMatch with a teacher; FixMatch's [s],
+    UniMatch V2's and the supervised [x] have one.
     """
-    return None if cfg.model == "dpt" else cfg.batch_size * processes * (2 if method == "unimatch" else 1)
+    two = method == "unimatch" or (method == "fixmatch" and has_teacher(cfg, method))
+    return None if cfg.model == "dpt" else cfg.batch_size * processes * (2 if two else 1)

@@ -111,7 +111,12 @@ class Config:
     accumulate: int = _key(
         "batches per process whose gradients make one optimiser step; BatchNorm sees one batch at a time", 1, minimum=1
     )
-    reference_batch: int = _key("labelled images per step, over all processes, that lr is meant for", 8, minimum=1)
+    reference_batch: int | None = _key(
+        "labelled images per step, over all processes, that lr is meant for; default: 16 for model: dpt on pascal and "
+        "coco, as UniMatch V2 publishes it, else 8",
+        None,
+        minimum=1,
+    )
     scale_lr: bool = _key("scale lr by (labelled images per step) / reference_batch", False)
     optimizer: Literal["sgd", "adamw"] | None = _key("default: adamw on model: dpt, else sgd with momentum 0.9", None)
     weight_decay: float | None = _key("of every parameter; default: 0.0001 with sgd, 0.01 with adamw", None, minimum=0)
@@ -278,7 +283,9 @@ class Config:
         if palette is None:
             count = min(len(classes), 256)  # too many classes are refused later, with the key's name
             palette = known.palette if known and len(known.palette) == count else voc_palette(count)
+        published = known.reference_batch_v2 if known is not None and self.model == "dpt" else 8
         implied = {"classes": classes, "palette": palette, "nclass": self.nclass or len(classes)}
+        implied["reference_batch"] = self.reference_batch or published
         if known is not None:
             implied["val_id_path"] = self.val_id_path or f"splits/{self.dataset}/val.txt"
             implied["unlabeled_id_path"] = self.unlabeled_id_path or known.unlabeled
