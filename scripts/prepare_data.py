@@ -38,7 +38,7 @@ from dataset.handover import starting
 from dataset.lists import Sample, is_hidden, read_list
 from dataset.loader import default_workers
 from dataset.prepare.archives import Member, find_sources, members, new_file
-from dataset.prepare.downloads import RECIPES, CocoImage, Recipe, Rule, read_instances, require
+from dataset.prepare.downloads import RECIPES, CocoImage, Recipe, Rule, mark, read_instances, require
 from dataset.source import DataSource
 from util.cli import run_main
 from util.config import resolve_path
@@ -203,7 +203,8 @@ def run(job: Job) -> None:
         if label is None:
             path.write_bytes(job.data)
         else:
-            (colorize(label, job.palette) if job.palette else Image.fromarray(label)).save(path, format="PNG")
+            image = colorize(label, job.palette) if job.palette else Image.fromarray(label)
+            image.save(path, format="PNG", pnginfo=mark())
 
 
 def run_all(jobs: Iterable[Job], pool: Executor | None, ahead: int) -> Iterator[None]:

@@ -500,6 +500,18 @@ def test_ade20k_s_unpacked_download_is_converted_into_another_folder_and_never_i
     made.check(tmp_path / "root")
 
 
+def test_ade20k_s_labels_without_an_ignored_pixel_are_known_as_converted_too(tmp_path, capsys):
+    made = Ade20k(tmp_path / "made")
+    for name, data in made.labels.items():
+        official = np.maximum(np.asarray(Image.open(io.BytesIO(data))), 1)
+        made.labels[name], made.expected[name] = png(official), official - 1
+    official = unpack(tmp_path / "ADEChallengeData2016", made.images, made.labels)
+    assert "class indices would replace them" in complaint(capsys, "ade20k", made, official, official)
+    for _ in range(2):
+        prepare("ade20k", made, tmp_path / "root", official)
+        made.check(tmp_path / "root")
+
+
 def test_ade20k_s_labels_beyond_150_are_refused():
     with pytest.raises(ValueError, match="labels up to 151"):
         ade20k_label(png(np.array([[0, 151]])))

@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dataset.catalog import CATALOG, RGB, voc_palette
 from dataset.errors import DataError
-from dataset.files import IGNORE_INDEX, read_indices
+from dataset.files import IGNORE_INDEX, decode_label, open_label
 
 # The Cityscapes ids of the 19 classes in order of trainId (cityscapesscripts, helpers/labels.py). All others are
 # ignored: 0 to 6 (unlabeled, ego vehicle, ..., ground), 9, 10, 14, 15, 16, 18, 29, 30, and the licence plate's -1.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LAST_CITYSCAPES_ID = 33
 ADE20K_CLASSES = 150
+MARK = "class indices, written by scripts.prepare_data"
 
 
 def require(module: str) -> ModuleType:
@@ -77,9 +79,20 @@ def ade20k_label(data: bytes) -> np.ndarray:
     return label - np.uint8(1)  # 0 wraps around to 255
 
 
+def mark() -> PngInfo:
+    """What tells a label that was made here from an official one with the same values: a line of text in the PNG."""
+    info = PngInfo()
+    info.add_text("Comment", MARK)
+    return info
+
+
 def ade20k_is_converted(labels: Iterable[Path]) -> bool:
-    """Whether labels are class indices already: only these have 255, which official labels have as 0."""
-    return any(IGNORE_INDEX in read_indices(path) for path in labels)
+    """Whether labels are class indices already: marked, or with a 255, which official labels have as 0."""
+    for path in labels:
+        with open_label(path) as label:
+            if label.info.get("Comment") == MARK or IGNORE_INDEX in decode_label(label):
+                return True
+    return False
 
 
 class CocoObject(NamedTuple):
