@@ -38,6 +38,7 @@ from tests.reference import formulas
 from tests.reference.weights import check_summary
 
 FIGURES = json.loads((Path(__file__).parent / "reference" / "figures.json").read_text())
+FIGURES_V2 = json.loads((Path(__file__).parent / "reference" / "figures_v2.json").read_text())
 SEED = FIGURES["seed"]
 IDENTITY = Photometry(jitter=(), grey=False, blur_radius=None)
 ODD_SIZES = [(1, 1), (1, 2), (2, 1), (1, 701), (701, 1), (3, 500), (500, 3), (20, 20)]
@@ -251,36 +252,40 @@ def test_photometry_leaves_its_input_as_it_is():
 # CutMix
 
 
-@pytest.fixture(scope="module")
-def boxes() -> list[Box | None]:
-    rng = np.random.default_rng(SEED)
-    return [draw_cutmix_box(321, rng) for _ in range(FIGURES["cutmix_321"]["n"])]
+@pytest.fixture(scope="module", params=[321, 518])
+def cutmix(request) -> tuple[int, list[Box | None], dict]:
+    """The side of a crop, boxes in it, and the reference figures: UniMatch's or UniMatch V2's."""
+    size, rng = request.param, np.random.default_rng(SEED)
+    figures = FIGURES["cutmix_321"] if size == 321 else FIGURES_V2["cutmix_518"]
+    return size, [draw_cutmix_box(size, rng) for _ in range(figures["n"])], figures
 
 
-def test_half_of_the_boxes_are_empty_and_the_area_is_the_references(boxes):
+def test_half_of_the_boxes_are_empty_and_the_area_is_the_references(cutmix):
+    size, boxes, figures = cutmix
     share_empty = np.mean([box is None for box in boxes])
     assert abs(share_empty - 0.5) < 4 * 0.5 / len(boxes) ** 0.5
-    areas = np.array([box.width * box.height for box in boxes if box]) / 321**2
-    assert areas.mean() == pytest.approx(FIGURES["cutmix_321"]["area_mean"], rel=0.02)
+    areas = np.array([box.width * box.height for box in boxes if box]) / size**2
+    assert areas.mean() == pytest.approx(figures["area_mean"], rel=0.02)
     assert abs(areas.mean() - 0.2086) < 4 * areas.std() / len(areas) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["area", "height", "width", "log_aspect_h_over_w"])
-def test_box_statistics_are_the_references(boxes, name):
+def test_box_statistics_are_the_references(cutmix, name):
+    size, boxes, figures = cutmix
     width, height = np.array([(box.width, box.height) for box in boxes if box], float).T
     values = {
-        "area": width * height / 321**2,
+        "area": width * height / size**2,
         "height": height,
         "width": width,
         "log_aspect_h_over_w": np.log(height / width),
     }[name]
-    for q, expected in zip(FIGURES["cutmix_321"]["quantiles"], FIGURES["cutmix_321"][name], strict=True):
+    for q, expected in zip(figures["quantiles"], figures[name], strict=True):
         # Both are samples: the reference lies within 4 standard errors of the rank that it stands for.
         slack = 4 * (q * (1 - q) * 2 / len(values)) ** 0.5
         low, high = np.quantile(values, [max(q - slack, 0), min(q + slack, 1)])
         assert low - 1e-4 <= expected <= high + 1e-4, (q, expected)
         if name in ("height", "width"):
-            assert abs(np.quantile(values, q) - expected) < 6
+            assert abs(np.quantile(values, q) - expected) < 6 * size / 321
 
 
 @pytest.mark.parametrize("size", [16, 49, 321])
@@ -297,8 +302,9 @@ def test_a_box_lies_inside_the_crop_and_keeps_the_area_rule(size):
     assert max(x + width for x, _, width, _ in drawn) == max(y + height for _, y, _, height in drawn) == size
 
 
-def test_a_large_area_is_drawn_as_often_as_a_small_one(boxes):
-    areas = np.array([box.width * box.height for box in boxes if box]) / 321**2
+def test_a_large_area_is_drawn_as_often_as_a_small_one(cutmix):
+    size, boxes, _ = cutmix
+    areas = np.array([box.width * box.height for box in boxes if box]) / size**2
     assert abs((areas > 0.2086).mean() - 0.5) < 4 * 0.5 / len(areas) ** 0.5
 
 
