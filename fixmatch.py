@@ -70,6 +70,7 @@ def _teacher_step(model, batch, criterion, conf_thresh, backward, teacher) -> di
         cutmix_reversed(own, u.box1) for own in (u.strong1, label_w, conf_w, u.ignore_mask)
     )
     model.train()
+    # In one forward, as in the release: for DINOv2 it makes no difference, but BatchNorm normalises over both.
     logits_x, logits_s = model(torch.cat([image_x, image_s])).split([len(image_x), len(image_s)])
     loss_x, loss_s = criterion(logits_x, label_x), consistency_loss(logits_s, label, conf, ignore_mask, conf_thresh)
     backward((loss_x + loss_s) / 2)
