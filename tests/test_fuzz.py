@@ -9,16 +9,16 @@ import functools
 import io
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,17 +29,14 @@ from dataset.source import DataSource
 from model import WeightsError, build_model, load_checkpoint_state, read_checkpoint
 from model.backbone import create_backbone
 from model.weights import read_pretrained
+from tests.fuzzing import documented, in_file, mutated
 from tests.helpers import PROJECT_ROOT
 from util.checkpoint import load_optimizer
-from util.config import Config, load_config, to_dict
-from util.errors import USER_ERRORS, CheckpointError, error_line
+from util.config import Config, for_method, load_config, to_dict
+from util.errors import CheckpointError
 from util.resume import find_checkpoint
 from util.schedule import build_optimizer
-
-COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
-settings.register_profile("short", derandomize=True, max_examples=40, **COMMON)
-settings.register_profile("long", max_examples=2000, **COMMON)
-settings.load_profile(os.environ.get("FUZZ", "short"))
+from util.teacher import Teacher
 
 
 @pytest.fixture(autouse=True)
@@ -51,50 +48,11 @@ def quiet_and_quick(monkeypatch):
         yield
 
 
-def _documented(function: Callable[[], object], name: str | Path = "") -> None:
-    """`function` returns, or raises one of the errors that scripts tell in one line, in which `name` occurs."""
-    try:
-        function()
-    except USER_ERRORS as error:
-        line = error_line(error)
-        assert line and len(line.splitlines()) == 1
-        assert str(name) in line
-        assert len(line) < 5000
-
-
-def _file(content: bytes, name: str, function: Callable[[Path], object]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(content)
-        _documented(lambda: function(path), folder)
-
-
-@st.composite
-def _mutated(draw: st.DrawFn, original: bytes) -> bytes:
-    """A file with a few bytes changed, a part left out, doubled or cut off, or other bytes in between."""
-    data = bytearray(original)
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["flip", "set", "cut", "drop", "double", "insert"]))
-        start = draw(st.integers(0, max(len(data) - 1, 0)))
-        end = min(len(data), start + draw(st.integers(1, 40)))
-        if kind == "flip" and data:
-            data[start] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "set":
-            data[start:end] = bytes([draw(st.sampled_from([0, 1, 127, 128, 255]))]) * (end - start)
-        elif kind == "cut":
-            del data[start:]
-        elif kind == "drop":
-            del data[start:end]
-        elif kind == "double":
-            data[end:end] = data[start:end]
-        else:
-            data[start:start] = draw(st.binary(max_size=20))
-    return bytes(data)
-
-
 # --- configs
 
-TEXT = (PROJECT_ROOT / "configs/custom.yaml").read_bytes()
+BASES = [PROJECT_ROOT / "configs" / name for name in ("custom.yaml", "custom_v2.yaml")]
+METHODS = ("unimatch", "unimatch_v2", "fixmatch", "supervised")
+WORDS = "pascal OHEM resnet50 1e5 yes skip .. / dpt dinov2_small ema none adamw sgd both student reversed_batch"
 KEYS = st.sampled_from([*Config.__dataclass_fields__, "criterion.thresh", "criterion.name", "unknown", ""])
 SCALARS = (
     st.none()
@@ -105,7 +63,7 @@ SCALARS = (
     | st.text(max_size=12)
     | st.dates()
     | st.binary(max_size=4)
-    | st.sampled_from(["pascal", "OHEM", "resnet50", "1e5", "0x" + "f" * 900, "yes", "skip", "..", "/", "\0"])
+    | st.sampled_from([*WORDS.split(), "0x" + "f" * 900, "\0"])
 )
 VALUES = st.recursive(
     SCALARS,
@@ -114,27 +72,36 @@ VALUES = st.recursive(
 )
 
 
-@given(st.binary(max_size=300) | _mutated(TEXT))
+def _load(path: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> None:
+    """A config as the methods take it."""
+    cfg = load_config(path, overrides)
+    for method in METHODS:
+        documented(lambda method=method: for_method(cfg, method))
+
+
+@given(st.binary(max_size=300) | st.sampled_from(BASES).flatmap(lambda path: mutated(path.read_bytes())))
 def test_any_bytes_as_config(content):
-    _file(content, "recipe.yaml", load_config)
+    in_file(content, "recipe.yaml", _load)
 
 
 @given(st.text(st.sampled_from("a:b -[]{}#&*!|>'\"%@`,?<0e1.\n\t~="), max_size=60))
 def test_any_yaml_as_config(text):
-    _file(text.encode(), "recipe.yaml", load_config)
+    in_file(text.encode(), "recipe.yaml", _load)
 
 
-@given(st.dictionaries(KEYS, VALUES, max_size=5))
-def test_any_values_in_a_config(changes):
-    base = yaml.safe_load(TEXT)
-    text = yaml.safe_dump({**base, **changes})
-    _file(text.encode("utf-8", "ignore"), "recipe.yaml", load_config)
-    _documented(lambda: load_config(PROJECT_ROOT / "configs/custom.yaml", changes))
+@given(st.sampled_from(BASES), st.dictionaries(KEYS, VALUES, max_size=5))
+def test_any_values_in_a_config(base, changes):
+    text = yaml.safe_dump({**yaml.safe_load(base.read_bytes()), **changes})
+    in_file(text.encode("utf-8", "ignore"), "recipe.yaml", _load)
+    documented(lambda: _load(base, changes))
 
 
-@given(st.lists(st.text(max_size=20) | st.builds("{}={}".format, KEYS, st.text(max_size=20)), max_size=3))
-def test_any_override(overrides):
-    _documented(lambda: load_config(PROJECT_ROOT / "configs/custom.yaml", overrides))
+@given(
+    st.sampled_from(BASES),
+    st.lists(st.text(max_size=20) | st.builds("{}={}".format, KEYS, st.text(max_size=20) | SCALARS), max_size=3),
+)
+def test_any_override(base, overrides):
+    documented(lambda: _load(base, overrides))
 
 
 # --- lists
@@ -151,8 +118,8 @@ def test_any_bytes_as_list(content):
                 assert Path(os.path.abspath(path.parent / (name or ""))).is_relative_to(path.parent)
         check_samples(samples, DataSource(path.parent), 3)
 
-    _file(content, "list.txt", use)
-    _file(content, "list.txt", lambda path: find_unlabeled(path, path.parent, []))
+    in_file(content, "list.txt", use)
+    in_file(content, "list.txt", lambda path: find_unlabeled(path, path.parent, []))
 
 
 # --- images and labels
@@ -186,22 +153,22 @@ def small_images():
     Image.MAX_IMAGE_PIXELS = limit
 
 
-@given(st.sampled_from(IMAGES).flatmap(_mutated) | st.binary(max_size=50))
+@given(st.sampled_from(IMAGES).flatmap(mutated) | st.binary(max_size=50))
 def test_any_bytes_as_image(content):
-    _file(content, "image.jpg", read_image)
-    _file(content, "image.jpg", read_pixels)
-    _file(content, "a.jpg", lambda path: check_samples([Sample("a.jpg", None)], DataSource(path.parent), 3))
+    in_file(content, "image.jpg", read_image)
+    in_file(content, "image.jpg", read_pixels)
+    in_file(content, "a.jpg", lambda path: check_samples([Sample("a.jpg", None)], DataSource(path.parent), 3))
 
 
-@given(st.sampled_from(LABELS).flatmap(_mutated) | st.binary(max_size=50))
+@given(st.sampled_from(LABELS).flatmap(mutated) | st.binary(max_size=50))
 def test_any_bytes_as_label(content):
-    _file(content, "label.png", read_label)
+    in_file(content, "label.png", read_label)
 
     def check(path: Path) -> None:
         (path.parent / "a.jpg").write_bytes(IMAGES[0])
         check_samples([Sample("a.jpg", "a.png")], DataSource(path.parent), 3)
 
-    _file(content, "a.png", check)
+    in_file(content, "a.png", check)
 
 
 # --- weights and checkpoints
@@ -227,6 +194,8 @@ def _checkpoint() -> dict:
         **state,
         "model": layer.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "teacher": layer.state_dict(),
+        "teacher_updates": torch.tensor(2),
         "config": json.loads(json.dumps(to_dict(_config()))),
         "run": {"a": "b"},
     }
@@ -248,14 +217,17 @@ def _torch_saved(state: object, new: bool = True) -> bytes:
 
 def _use_checkpoint(path: Path) -> None:
     """What resuming and evaluating do with the file."""
-    _documented(lambda: _resume(path), path)
-    _documented(lambda: load_checkpoint_state(_model(), read_checkpoint(path), path), path)
+    documented(lambda: _resume(path), path)
+    for network in ("teacher", "student"):
+        documented(lambda network=network: load_checkpoint_state(_model(), read_checkpoint(path), path, network), path)
 
 
 def _resume(path: Path) -> None:
     find_checkpoint(path.parent, _config(), {"a": "b"})
-    _, optimizer = _layer()
+    layer, optimizer = _layer()
     state = read_checkpoint(path)
+    if isinstance(state, dict):
+        documented(lambda: Teacher(layer).load_state_dict(state, path), path)
     if isinstance(state, dict) and isinstance(state.get("optimizer"), dict):
         load_optimizer(optimizer, state["optimizer"], path)
         optimizer.step()
@@ -264,9 +236,9 @@ def _resume(path: Path) -> None:
 CHECKPOINTS = [_torch_saved(_checkpoint()), _torch_saved(_checkpoint(), new=False)]
 
 
-@given(st.sampled_from(CHECKPOINTS).flatmap(_mutated) | st.binary(max_size=50))
+@given(st.sampled_from(CHECKPOINTS).flatmap(mutated) | st.binary(max_size=50))
 def test_any_bytes_as_checkpoint(content):
-    _file(content, "latest.pth", _use_checkpoint)
+    in_file(content, "latest.pth", _use_checkpoint)
 
 
 TENSORS = st.sampled_from(
@@ -287,7 +259,9 @@ OBJECTS = st.recursive(
     max_leaves=6,
 )
 PLACES = ["model", "optimizer", "epoch", "iteration", "previous_best", "best_epoch", "last_miou", "config", "run"]
-INNER = {"model": ["backbone.weight", "classifier.bias", "conv1.weight"], "optimizer": ["state", "param_groups"]}
+PLACES += ["teacher", "teacher_updates"]
+NAMES_INSIDE = ["backbone.weight", "classifier.bias", "conv1.weight"]
+INNER = {"model": NAMES_INSIDE, "teacher": NAMES_INSIDE, "optimizer": ["state", "param_groups"]}
 
 
 @given(st.sampled_from(PLACES), st.booleans(), OBJECTS, st.integers(0, 3))
@@ -302,7 +276,7 @@ def test_any_object_in_a_checkpoint(place, whole, value, number):
     else:
         inner = INNER.get(place, ["lr", "a", "b"])
         state[place] = {**state[place], inner[number % len(inner)]: value}
-    _file(_torch_saved(state), "latest.pth", _use_checkpoint)
+    in_file(_torch_saved(state), "latest.pth", _use_checkpoint)
 
 
 NAMES = st.sampled_from(
@@ -314,9 +288,10 @@ NAMES = st.sampled_from(
 def test_any_object_as_weights(state, name):
     with torch.device("meta"):
         backbone = create_backbone(name)
-    _file(_torch_saved(state), "weights.pth", lambda path: read_pretrained(backbone, name, path))
+    in_file(_torch_saved(state), "weights.pth", lambda path: read_pretrained(backbone, name, path))
     whole = {f"backbone.{key}": value for key, value in state.items()} if isinstance(state, dict) else state
-    _file(_torch_saved(whole), "weights.pth", lambda path: load_checkpoint_state(_model(), read_checkpoint(path), path))
+    content = _torch_saved(whole)
+    in_file(content, "weights.pth", lambda path: load_checkpoint_state(_model(), read_checkpoint(path), path))
 
 
 # --- what was found so
