@@ -174,7 +174,10 @@ def _tiff(path: Path, bands: Bands, stack: contextlib.ExitStack) -> Stored:
         except Exception as error:  # several pages, say: tifffile takes them for channels
             fault = error
     if importlib.util.find_spec("tifffile"):
-        return _by_tifffile(path, bands)
+        try:
+            return _by_tifffile(path, bands)
+        except Exception as error:
+            raise (error if fault is None or isinstance(error, DataError) else fault) from None
     if fault is not None:
         raise fault
     try:
@@ -199,6 +202,8 @@ def _by_tifffile(path: Path, bands: Bands) -> Stored:
     import tifffile
 
     with tifffile.TiffFile(path) as file:
+        if not file.series:
+            raise OSError("no picture in it")
         shape, dtype = file.series[0].shape, file.series[0].dtype
     with contextlib.suppress(ValueError):  # compressed
         return _mapped(path, lambda: tifffile.memmap(path, mode="r"), bands)

@@ -277,3 +277,10 @@ def test_a_run_on_five_channels_from_the_check_to_the_prediction(data, tmp_path,
 
 def _trained(data):
     return sorted((data.root / "images").iterdir())
+
+
+def test_a_damaged_tiff_is_told_by_the_package_that_says_more(tmp_path, package):
+    (tmp_path / "a.tif").write_bytes(b"II*\0junk")
+    said = complaint(read_bands, tmp_path / "a.tif", FIVE)
+    assert said.startswith(f"{tmp_path / 'a.tif'}: unreadable image")
+    assert ("no picture in it" in said) == (package == "tifffile")
