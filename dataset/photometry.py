@@ -2,7 +2,7 @@
 
 Every sample goes through the same operations, with numbers of its own: blends before the hue, the hue, blends after it,
 grey, blur. What a sample did not draw has numbers that change nothing. So a batch takes the same kernels every time,
-and no value is read back. The arithmetic is Pillow's on 8-bit values, so a value in some 100,000 is a level off.
+and no value is read back. The arithmetic is Pillow's on 8-bit values: less than one value in a million is a level off.
 """
 
 from __future__ import annotations
