@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "ip", "unshare")
 # In a namespace whose only card is loopback Slurm finds no address: its look-ups skip loopback. A bridge is one.
 NETWORK = ["link set lo up", "link add card type bridge", "addr add 10.78.0.1/24 dev card", "link set card up"]
+# Patience for a machine that has other work. A requeued job waits for its old credential to expire: 20 s, not 120.
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -27,7 +29,7 @@ SrunPortRange=16900-16999
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}
 SlurmdSpoolDir={folder}/%n
@@ -50,7 +52,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-KillWait=20
+KillWait=60
+MessageTimeout=60
+BatchStartTimeout=120
+SlurmdTimeout=90
+UnkillableStepTimeout=300
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=g1 NodeHostname={host} NodeAddr=127.0.0.1 Port=16821 CPUs=2 Gres=gpu:a100:2
@@ -62,6 +68,8 @@ PartitionName=cpu Nodes=c1
 """
 GRES = "NodeName=g[1-2] Name=gpu Type=a100 File={folder}/gpu[0-1]\n"  # any files that exist serve
 CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"  # mounts nothing
+GOING_ON = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")  # states from which a job may run again
+LIMIT = 60  # seconds for the nodes to be ready
 
 
 class Cluster:
@@ -78,11 +86,33 @@ class Cluster:
 
     def run(self, *words: str | Path) -> str:
         """Run a command in it: its stdout."""
-        return subprocess.run(self.command(*words), capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(self.command(*words), capture_output=True, text=True, check=True, timeout=90).stdout
 
-    def state(self, job: str) -> str:
-        """A job's state, such as RUNNING."""
-        return self.run("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T").strip()
+    def wait_for_job(self, job: str, state: str, restarts: int, seconds: float) -> None:
+        """Wait until a job is in a state after so many restarts. Fails at once where it cannot get there any more."""
+
+        def there() -> bool:
+            shown = self.run("scontrol", "show", "job", job)
+            now, reason, count = (re.search(rf"\b{key}=(\S+)", shown)[1] for key in ("JobState", "Reason", "Restarts"))
+            if now not in (state, *GOING_ON) or "held" in reason.lower():
+                pytest.fail(f"job {job} is {now} ({reason}), not {state}")
+            return (now, int(count)) == (state, restarts)
+
+        wait_for(there, f"job {job} that is {state} after {restarts} restarts", seconds, pause=1)
+
+    @contextlib.contextmanager
+    def told(self, job: str, output: Path) -> Iterator[None]:
+        """Print what Slurm knows of a job, and what it printed, if the test fails in here."""
+        try:
+            yield
+        except BaseException:
+            for words in (("scontrol", "show", "job", job), ("sinfo", "-R"), ("sinfo", "-N", "-l")):
+                with contextlib.suppress(subprocess.SubprocessError):
+                    print(self.run(*words))
+            for file in (*(self._folder / f"{name}.log" for name in ("slurmctld", "g1", "g2")), output):
+                with contextlib.suppress(OSError):
+                    print(f"--- {file.name}", *file.read_text(errors="replace").splitlines()[-40:], sep="\n")
+            raise
 
     def start(self) -> None:
         """Start munge, the controller and a daemon for each node."""
@@ -109,7 +139,8 @@ class Cluster:
         for node in ("g1", "g2", "c1"):
             (folder / node).mkdir()
             self.run("slurmd", "-N", node)
-        wait_for(lambda: self.run("sinfo", "--noheader", "-N", "--format=%T").split() == ["idle"] * 5, "idle nodes", 30)
+        listed = ("sinfo", "--noheader", "-N", "--format=%T")
+        wait_for(lambda: self.run(*listed).split() == ["idle"] * 5, "idle nodes", LIMIT, pause=0.5)
 
     def stop(self) -> None:
         """End the daemons, and all jobs with them."""
@@ -148,12 +179,20 @@ def cluster() -> Iterator[Cluster]:
             own.stop()
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Wait until the condition is true. Fails after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"no {what} after {seconds} s"
-        time.sleep(0.05)
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.05) -> None:
+    """Wait until the condition is true. Fails after `seconds`.
+
+    A condition that starts programs is looked at less often, by `pause`; one of these that fails is tried again.
+    """
+    end, failure = time.monotonic() + seconds, None
+    while True:
+        try:
+            if condition():
+                return
+        except subprocess.SubprocessError as error:  # a busy daemon may not answer in time
+            failure = f"{error} {getattr(error, 'stderr', None) or ''}"
+        assert time.monotonic() < end, f"no {what} after {seconds} s{f': {failure}' if failure else ''}"
+        time.sleep(pause)
 
 
 def _install() -> None:

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,9 +29,9 @@ def slurm() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    """Three epochs of four iterations of two processes."""
+    """Six epochs of four iterations of two processes: not done before the job is held for the third time."""
     data = make_dataset(tmp_path_factory.mktemp("data"), unlabeled=8)
-    data.configure(batch_size=1, epochs=3, checkpoint_minutes=0.005)
+    data.configure(batch_size=1, epochs=6, checkpoint_minutes=0.005)
     return data
 
 
@@ -46,9 +46,11 @@ def variables(data: TinyData) -> dict[str, str]:
     }
 
 
-def srun(slurm: Cluster, data: TinyData, path: Path, partition: str, *arguments: str) -> subprocess.Popen[str]:
-    """slurm_train.sh with two tasks, as from a login node."""
-    words = ["sh", "scripts/slurm_train.sh", "2", "29500", partition, "--save-path", path, *arguments]
+def srun(
+    slurm: Cluster, data: TinyData, path: Path, partition: str, *arguments: str, shell: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """slurm_train.sh with two tasks, as from a login node, or in the shell that a command opens."""
+    words = [*shell, "sh", "scripts/slurm_train.sh", "2", "29500", partition, "--save-path", path, *arguments]
     return subprocess.Popen(
         slurm.command(*words), cwd=PROJECT_ROOT, env=variables(data), stdout=-1, stderr=subprocess.STDOUT, text=True
     )
@@ -89,56 +91,47 @@ def hold(path: Path, done: int) -> list[Path]:
     return processes
 
 
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ,
-    reason="needs the machine alone, as Slurm's clocks run on: sh scripts/test.sh -n 0 tests/test_slurm.py",
-)
 def test_a_run_through_time_limit_preemption_and_scancel_ends_as_one_in_a_partition_without_gpus(slurm, data, tmp_path):
     whole, path, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output"
     undisturbed = srun(slurm, data, whole, "cpu")
     assert undisturbed.wait(LIMIT) == 0, undisturbed.stdout.read()
 
     # A job on two nodes with GPUs of a type. Suspended, it does not come further until Slurm looks at its time.
-    options = "--partition=gpu --nodes=2 --ntasks-per-node=1 --gres=gpu:a100:1 --time=10 --signal=USR1@90"
+    options = "--partition=gpu --nodes=2 --ntasks-per-node=1 --gres=gpu:a100:1 --time=10"
     settings = {**variables(data), "gpus_per_node": "1", "gpu_type": "a100"}
     words = ["--parsable", *options.split(), f"--output={output}", "scripts/slurm_train.sh", "2", "29500", "gpu"]
     job = subprocess.run(
         slurm.command("sbatch", *words, "--save-path", path),
-        cwd=PROJECT_ROOT, env=settings, capture_output=True, text=True, check=True, timeout=30,
+        cwd=PROJECT_ROOT, env=settings, capture_output=True, text=True, check=True, timeout=LIMIT,
     ).stdout.strip()  # fmt: skip
-    processes = hold(path, 0)
-    *_, minutes, _ = f"0:{slurm.run('squeue', '--noheader', '--jobs', job, '--format=%M').strip()}".split(":")
-    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 2}")
+    with slurm.told(job, output):
+        processes = hold(path, 0)
+        *_, minutes, _ = f"0:{slurm.run('squeue', '--noheader', '--jobs', job, '--format=%M').strip()}".split(":")
+        slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 2}")
 
-    def queued_again() -> bool:
-        for process in processes:
-            with contextlib.suppress(OSError):  # it has ended
-                if signalled(process, signal.SIGUSR1):
-                    os.kill(int(process.name), signal.SIGCONT)
-        return f"job {job} queues itself again" in output.read_text()
+        def queued_again() -> bool:
+            for process in processes:
+                with contextlib.suppress(OSError):  # it has ended
+                    if signalled(process, signal.SIGUSR1):
+                        os.kill(int(process.name), signal.SIGCONT)
+            return f"job {job} queues itself again" in output.read_text()
 
-    wait_for(queued_again, "requeue", LIMIT)
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+        def hold_again(restarts: int) -> None:
+            done = iterations(path)
+            slurm.wait_for_job(job, "RUNNING", restarts, LIMIT)
+            hold(path, done)
 
-    def hold_again() -> None:
-        def started() -> bool:
-            if slurm.state(job) == "PENDING":  # Slurm lets a requeued job wait for minutes
-                with contextlib.suppress(subprocess.CalledProcessError):  # it has started since
-                    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return slurm.state(job) == "RUNNING"
-
-        done = iterations(path)
-        wait_for(started, "restart of the job", LIMIT)
-        hold(path, done)
-
-    # What preempts or cancels a job sends SIGCONT and SIGTERM.
-    hold_again()
-    slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    wait_for(lambda: not trainers(path), "preemption", LIMIT)
-    hold_again()
-    slurm.run("scancel", job)
-    wait_for(lambda: not trainers(path), "end after scancel", LIMIT)
-    wait_for(lambda: slurm.state(job) == "CANCELLED", "cancelled job")
+        wait_for(queued_again, "requeue", LIMIT)
+        slurm.wait_for_job(job, "PENDING", 1, LIMIT)
+        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+        # What preempts or cancels a job sends SIGCONT and SIGTERM.
+        hold_again(1)
+        slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        wait_for(lambda: not trainers(path), "preemption", LIMIT)
+        hold_again(2)
+        slurm.run("scancel", job)
+        wait_for(lambda: not trainers(path), "end after scancel", LIMIT)
+        slurm.wait_for_job(job, "CANCELLED", 2, LIMIT)
     assert output.read_text().count("queues itself again") == 1
 
     last = srun(slurm, data, path, "cpu")
@@ -161,3 +154,22 @@ def test_the_error_of_process_0_is_shown_and_its_status_kept(slurm, data, tmp_pa
     assert re.findall(r"^error: (.*)", output, re.MULTILINE) == [
         f"{label}: no such label (listed paths are relative to data_root)"
     ]
+
+
+def test_where_process_0_is_killed_one_line_names_it(slurm, data, tmp_path):
+    process = srun(slurm, data, tmp_path, "cpu", "--set", "epochs=50")
+    wait_for(lambda: iterations(tmp_path) > 0 or process.poll() is not None, "first iteration", LIMIT)
+    (first,) = [found for found in trainers(tmp_path) if b"\0SLURM_PROCID=0\0" in (found / "environ").read_bytes()]
+    os.kill(int(first.name), signal.SIGKILL)
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode != 0
+    (line,) = re.findall(r"^error: (.*)", output, re.MULTILINE)
+    assert "process 0" in line and "Traceback" not in output
+
+
+def test_in_a_shell_that_srun_opened_the_script_trains_on_what_that_has(slurm, data, tmp_path):
+    shell = ["srun", "--partition=cpu", "--ntasks=1", "--cpus-per-task=2"]
+    process = srun(slurm, data, tmp_path, "cpu", "--set", "epochs=1", shell=shell)
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, output
+    assert load_checkpoint(tmp_path)["iteration"] == 4
