@@ -33,9 +33,9 @@ def told(path: Path, host: int) -> Path:
     return path.with_suffix(f".{host}")
 
 
-def start(hosts: TwoHosts, data: TinyData, path: Path) -> list[subprocess.Popen[bytes]]:
+def start(hosts: TwoHosts, data: TinyData, path: Path, **variables: str) -> list[subprocess.Popen[bytes]]:
     """scripts/train.sh with one process on each host, whose stderr goes to `path`.HOST."""
-    variables = {"NNODES": "2", "MASTER_ADDR": hosts.addresses[0], "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables |= {"NNODES": "2", "MASTER_ADDR": hosts.addresses[0], "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     variables |= {"config": str(data.config), "labeled": str(data.labeled)}
     return [
         subprocess.Popen(
@@ -74,3 +74,32 @@ def test_two_hosts_train_as_one_and_tell_of_a_cut_cable_and_go_on(hosts, data, t
             process.kill()
     assert (path / "train.log").read_text().count("continuing from ") == 1
     assert_same(load_checkpoint(tmp_path / "one"), load_checkpoint(path))
+
+
+def test_a_host_tells_of_the_other_ones_death_and_ends(hosts, data, tmp_path):
+    data.configure(batch_size=1, epochs=50, dist_timeout=DIST_TIMEOUT, checkpoint_minutes=0.005)
+    path = tmp_path / "run"
+    processes = start(hosts, data, path)
+    try:
+        wait_for(lambda: (path / "midway.pth").exists() or processes[0].poll() is not None, "checkpoint", 300)
+        hosts.kill(1)
+        assert processes[0].wait(DIST_TIMEOUT + PROMISE) in (1, 3)
+    finally:
+        for process in processes:
+            process.kill()
+    assert re.fullmatch(r"error: process 1 .*\n", told(path, 0).read_text())
+
+
+def test_interfaces_that_do_not_reach_the_other_host_are_named_on_both(hosts, data, tmp_path):
+    data.configure(batch_size=1, dist_timeout=DIST_TIMEOUT)
+    path = tmp_path / "run"
+    processes = start(hosts, data, path, GLOO_SOCKET_IFNAME="lo")
+    try:
+        for process in processes:
+            assert process.wait(300) in (1, 2, 3)
+    finally:
+        for process in processes:
+            process.kill()
+    for host in range(2):  # beside torch's own lines
+        (line,) = re.findall(r"^error: .*", told(path, host).read_text(), re.MULTILINE)
+        assert "cannot connect to the other processes" in line and "GLOO_SOCKET_IFNAME=lo" in line
