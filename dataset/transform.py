@@ -233,13 +233,13 @@ def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
 
 
 def normalize(image: Image.Image | np.ndarray | torch.Tensor, by: Normalization = IMAGENET) -> torch.Tensor:
-    """float32 (..., C, H, W): /255, then minus the mean and over the standard deviation of each channel.
+    """float32, torch's default type, (..., C, H, W): /255, minus the mean and over the standard deviation of a channel.
 
     Takes a Pillow image, an 8-bit array (H, W, C) or an 8-bit tensor (..., C, H, W), which stays on its device.
     """
     if not isinstance(image, torch.Tensor):
         image = to_tensor(image)
-    image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
+    image = image.to(torch.get_default_dtype(), memory_format=torch.contiguous_format, copy=True).div_(255)
     # torchvision's normalize reads from the device, which makes the host wait for it; plain numbers do not.
     for channel, mean, std in zip(image.unbind(-3), *by, strict=True):
         channel.sub_(mean).div_(std)

@@ -9,8 +9,10 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fixmatch
@@ -370,6 +372,54 @@ def test_a_closed_terminal_asks_to_end_unless_it_is_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+IN_FLOAT64 = """
+import os, signal
+import torch
+import unimatch
+from util.cli import run_main
+from util.train import loop
+
+torch.set_default_dtype(torch.float64)
+set_poly_lr = loop.set_poly_lr
+
+def signalled(optimizer, iteration, total):
+    if str(iteration) == os.environ.get("SIGNAL_AT"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    set_poly_lr(optimizer, iteration, total)
+
+loop.set_poly_lr = signalled
+run_main(unimatch.main)
+"""
+
+
+def test_one_process_goes_on_within_an_epoch_of_two_to_the_same_weights(tmp_path):
+    """No pixel is ignored, so each process divides its losses by as many; then only the sums' last digits differ."""
+    data = make_dataset(tmp_path / "data", unlabeled=8, size=(80, 72))  # half the size still needs no padding
+    for path in (data.root / "labels").glob("*.png"):
+        label = np.array(Image.open(path))
+        label[0] = label[1]
+        Image.fromarray(label).save(path)
+    data.configure(batch_size=1, epochs=2, conf_thresh=0.4)
+    script = tmp_path / "double.py"
+    script.write_text(IN_FLOAT64)
+    two = ("-m", "scripts.launch", "--processes", "2", script)
+    variables = {"PYTHONPATH": str(PROJECT_ROOT)}
+    result = run_script(*two, *data.arguments(tmp_path / "two"), env=variables)
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "run"
+    result = run_script(*two, *data.arguments(path), env={**variables, "SIGNAL_AT": "0"})
+    assert result.returncode == EXIT_SIGNAL + signal.SIGTERM, result.stderr
+    assert 1 <= load_checkpoint(path, "midway.pth")["iteration"] < 4
+    result = run_script(script, *data.arguments(path), "--set", "batch_size=2", env=variables)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"0 of 2 epochs are done and [123] of 4", result.stdout)
+    expected, found = load_checkpoint(tmp_path / "two"), load_checkpoint(path)
+    assert (found["epoch"], found["iteration"]) == (expected["epoch"], expected["iteration"]) == (2, 8)
+    for name, weights in expected["model"].items():
+        torch.testing.assert_close(found["model"][name], weights, rtol=1e-9, atol=1e-12, msg=name)
+    assert expected["model"]["classifier.weight"].dtype == torch.float64
 
 
 # --- what cannot be continued
