@@ -5,7 +5,7 @@
     method=fixmatch sh scripts/train.sh 4        # 4 processes: GPUs where there are any
     python fixmatch.py --config configs/toy.yaml --labeled-id-path data/toy/labeled.txt --save-path exp/toy-fixmatch
 
-The baseline as the UniMatch paper (section 3.1) has it, with CutMix; the suffixes are those of unimatch.py.
+The baseline of the UniMatch paper (section 3.1), with CutMix; the suffixes are those of unimatch.py.
 """
 
 from __future__ import annotations

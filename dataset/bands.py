@@ -147,7 +147,7 @@ def _rows(values: np.ndarray, top: int, bottom: int, first: bool) -> np.ndarray:
 
 
 def _mapped(path: Path, map_file: Callable[[], np.ndarray], bands: Bands) -> Stored:
-    """Mapped anew for each block of rows: a map keeps the pages that were read through it in memory."""
+    """Mapped again for each block of rows: a map keeps the pages that were read through it in memory."""
     values = map_file()
     width, height, first = _layout(path, values.shape, values.dtype, bands)
     return Stored(width, height, lambda top, bottom: _rows(map_file(), top, bottom, first), mapped=True)

@@ -29,7 +29,7 @@ class HandingLoader(DataLoader):
     """A DataLoader that says in one line why its loading processes give no more batches. Raises DataError."""
 
     def __iter__(self) -> Iterator[Any]:
-        batches, waited, told = self._start(), 0.0, False
+        batches, waited, said = self._start(), 0.0, False
         while True:
             try:
                 batch = next(batches)
@@ -40,10 +40,10 @@ class HandingLoader(DataLoader):
             except (RuntimeError, OSError, EOFError) as error:
                 if "DataLoader timed out" in str(error) and waited + self.timeout < SECONDS:
                     waited += self.timeout  # they all live; the next call goes on waiting for the same batch
-                    if not told:
+                    if not said:
                         line = f"note: no batch came for {waited:g} s: still waiting for the loading processes"
                         print(f"{line}, {SECONDS} s at most", file=sys.stderr, flush=True)
-                        told = True
+                        said = True
                     continue
                 reason = handover_fault(error) if self.num_workers else None
                 if reason is None:

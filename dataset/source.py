@@ -60,7 +60,7 @@ class DataSource(NamedTuple):
     ) -> tuple[Image.Image | np.ndarray, np.ndarray]:
         """The opened image, 8-bit RGB, and the opened label, uint8 (H, W), of a labelled sample.
 
-        They are of equal size, and the label is mapped by `label_map`. `rows` as `dataset.files.decode_image` has it.
+        They are of equal size, and the label is mapped by `label_map`. `rows` as for `dataset.files.decode_image`.
         """
         image, label = decode_image(image, rows), decode_label(label, rows, self.label_colors)
         root = Path(self.root)

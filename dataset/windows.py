@@ -245,7 +245,7 @@ YCBCR = 6  # colours of which some are stored once for several pixels
 
 
 def _in_small_strips(tags: dict[int, Any]) -> dict[int, Any]:
-    """The tags with the strips of an uncompressed TIFF cut anew, into few rows each: Pillow writes one for all."""
+    """The tags with the strips of an uncompressed TIFF cut into few rows each: Pillow writes one strip for all."""
     offsets, counts = (_tuple(tags.get(key, ())) for key in (OFFSETS, COUNTS))
     if tags.get(COMPRESSION, 1) != 1 or tags.get(262) == YCBCR or len(offsets) != len(counts) or not offsets:
         return tags

@@ -26,7 +26,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
     Raises WeightsError if there is no such file, or it is something else or incomplete.
     """
-    # Published checkpoints hold their mIoU as a NumPy number, which weights_only reads only if told so.
+    # Published checkpoints hold their mIoU as a NumPy number, which weights_only reads only if it is allowed to.
     torch.serialization.add_safe_globals(_NUMPY_NUMBERS)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -166,6 +166,6 @@ if [ "$status" -eq 138 ]; then # ended by SIGUSR1, after saving
         scontrol requeue "$SLURM_JOB_ID" && exit "$status"
         [ -z "$pause" ] || sleep "$pause"
     done
-    echo "error: job $SLURM_JOB_ID could not queue itself again; submitted anew, it continues from what was saved" >&2
+    echo "error: job $SLURM_JOB_ID could not queue itself again; submitted again, it continues from what was saved" >&2
 fi
 exit "$status"

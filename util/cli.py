@@ -133,7 +133,7 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def _rank() -> int:
-    """This process's number, as `find_processes` has it: one variable that is left over, without the other, is none."""
+    """This process's number, as in `find_processes`: one variable that is left over, without the other, is none."""
     env = os.environ
     pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
     rank = next((env[name] for name, count in pairs if env.get(name) and env.get(count)), "0")

@@ -73,7 +73,7 @@ def is_own(path: str | Path) -> bool:
 
 
 def read_mark(path: str | Path) -> str | None:
-    """What the file was made of, as `mark` was told it; None for a file that no tool of this project wrote."""
+    """What the file was made of, as its mark says; None for a file that no tool of this project wrote."""
     path = Path(path)
     suffix = path.suffix.lower()
     try:

@@ -80,7 +80,7 @@ def ade20k_label(data: bytes) -> np.ndarray:
 
 
 def mark() -> PngInfo:
-    """What tells a label that was made here from an official one with the same values: a line of text in the PNG."""
+    """What distinguishes a label made here from an official one with the same values: a line of text in the PNG."""
     info = PngInfo()
     info.add_text("Comment", MARK)
     return info

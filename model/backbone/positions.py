@@ -1,7 +1,7 @@
 """DINOv2's positional embedding for a grid that is known only when an exported model runs, by a formula.
 
 Bicubic interpolation with the kernel of Keys, "Cubic Convolution Interpolation for Digital Image Processing" (1981),
-a = -0.75, as torch.nn.functional.interpolate has it. torch.export follows tensors, so neither a cache of matrices nor
+a = -0.75, as in torch.nn.functional.interpolate. torch.export follows tensors, so neither a cache of matrices nor
 a branch may depend on the grid; and ONNX has no interpolation whose scale is not its size.
 """
 

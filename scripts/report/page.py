@@ -78,7 +78,7 @@ def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str
 
 
 def figure(value: float, places: int = 1, unit: str = "") -> str:
-    """A number as the page has it; a dash for NaN."""
+    """A number as the page shows it; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.{places}f}{unit}"
 
 

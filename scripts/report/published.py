@@ -1,4 +1,4 @@
-"""Published mIoU by data set, method, backbone and crop, as the headers of the recipes in configs/ have it."""
+"""Published mIoU by data set, method, backbone and crop, as in the headers of the recipes in configs/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's save path tells: its settings, its curves, how far it came, and the command that repeats it."""
+"""What a run's save path holds: its settings, its curves, how far it came, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIOU = "eval/mIoU"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its save path tells it. `state` is the small part of its last checkpoint, `info` how it was started."""
+    """A run as read from its save path. `state` is the small part of its last checkpoint, `info` how it was started."""
 
     path: Path
     cfg: Config
@@ -46,7 +46,7 @@ class RunRecord:
 
     @property
     def lists(self) -> Mapping[str, str]:
-        """`N images, DIGEST` of each list; empty where no checkpoint tells it."""
+        """`N images, DIGEST` of each list; empty where no checkpoint holds them."""
         return self.state.get("run", {})
 
     @property
@@ -104,7 +104,7 @@ class RunRecord:
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but the seed; `name` tells it from the other groups."""
+    """Runs that differ only in the seed; `name` distinguishes it from the other groups."""
 
     runs: list[RunRecord]
     name: str = ""
@@ -135,7 +135,7 @@ def find_runs(folders: Iterable[str]) -> list[RunRecord]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """What the save path `path` tells. Nothing is written there. Raises ConfigError for a config that is none."""
+    """Read the save path `path`. Nothing is written there. Raises ConfigError for a config that is none."""
     cfg, info, notes = load_config(path / CONFIG_FILE), read_info(path), []
     state: dict[str, Any] = {}
     if (path / LATEST).is_file():
@@ -189,12 +189,12 @@ def group_runs(runs: Iterable[RunRecord]) -> list[Group]:
         }
     for group in found:
         others = [other for other in found if other is not group and other.first.method == group.first.method]
-        telling = [
+        differing = [
             f"{key} {value[:30]}"
             for key, value in group.differing.items()
             if any(other.differing.get(key) != value for other in others)
         ]
-        group.name = ", ".join([group.first.method, *telling[:3]])
+        group.name = ", ".join([group.first.method, *differing[:3]])
     return found
 
 
