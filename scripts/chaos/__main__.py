@@ -75,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def settings(method: str, processes: int) -> list[str]:
-    """What a run changes in the config: UniMatch V2's BatchNorm needs two images."""
-    return ["batch_size=2"] if method == "unimatch_v2" and processes == 1 else []
+    """What a run changes in the config: UniMatch V2 is trained by AdamW, and its BatchNorm needs two images."""
+    if method != "unimatch_v2":
+        return []
+    return ["optimizer=adamw", *(["batch_size=2"] if processes == 1 else [])]
 
 
 class Whole:
