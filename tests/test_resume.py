@@ -245,6 +245,7 @@ def _assert_same_end(expected: Path, path: Path) -> None:
     ("iteration", "number", "where"),
     [
         (0, signal.SIGTERM, "1/3 of epoch 1"),
+        (1, signal.SIGHUP, "2/3 of epoch 1"),
         (2, signal.SIGUSR1, "3/3 of epoch 1"),
         (4, signal.SIGINT, "2/3 of epoch 2"),
     ],

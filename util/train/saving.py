@@ -31,7 +31,7 @@ class Saver:
     what has not been logged yet, so that a resumed run logs what an uninterrupted one does.
     """
 
-    SAVE = 1  # what a process asks for; the numbers of signals are greater
+    SAVE = 1  # what a process asks for: this or, to end as well, a signal's number more (SIGHUP's is 1)
 
     def __init__(
         self, run: Run, step: OptimizerStep, metrics: StepMetrics, progress: Progress, signals: StopSignals
@@ -83,7 +83,7 @@ class Saver:
     def after_step(self) -> None:
         """Save within the epoch if it is time to. If a signal came to any process, save and raise Interrupted."""
         minutes = self._run.cfg.checkpoint_minutes
-        request = self._signals.received
+        request = self._asked_to_end()
         if (
             not request
             and self._run.processes.is_main
@@ -105,9 +105,12 @@ class Saver:
 
         The state saved is that of the last step before its metrics were logged: a resumed run logs them again.
         """
-        agreed = max(self._requests.reduce(self._signals.received), self._requests.finish())
+        agreed = max(self._requests.reduce(self._asked_to_end()), self._requests.finish())
         if agreed:
             self._save_mid_epoch(agreed, self._unlogged)
+
+    def _asked_to_end(self) -> int:
+        return self.SAVE + self._signals.received if self._signals.received else 0
 
     def _state(self) -> dict[str, Any]:
         """A checkpoint: weights, optimiser and progress, and the settings and lists that they belong to."""
@@ -130,9 +133,10 @@ class Saver:
             save_checkpoint({**self._state(), **unlogged}, run.save_path / MID_EPOCH)
         if request > self.SAVE:
             self._requests.barrier()  # a launcher may end the others as soon as the first one ends
+            number = request - self.SAVE
             raise Interrupted(
-                request,
-                f"ended by {signal.Signals(request).name} after {where}, saved in {run.save_path / MID_EPOCH}: "
+                number,
+                f"ended by {signal.Signals(number).name} after {where}, saved in {run.save_path / MID_EPOCH}: "
                 "the same command continues from there",
             )
 
