@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.backbone import DINOV2_BACKBONES, create_backbone
 from model.backbone.dinov2 import DINOv2, SwiGLU
 from tests.reference import formulas
 from tests.reference.weights import check_summary, reference_state_v2
+from util.teacher import Teacher
 
 REFERENCE = Path(__file__).parent / "reference"
 FIGURES = json.loads((REFERENCE / "figures_v2.json").read_text())
@@ -237,6 +239,14 @@ def test_an_encoder_from_scratch_starts_as_dinov2_does():
             assert torch.equal(p, torch.ones_like(p)), name
         elif not name.startswith("patch_embed"):
             assert torch.equal(p, torch.zeros_like(p)), name
+
+
+def test_inside_a_fake_mode_a_teacher_is_made_of_an_encoder_that_has_seen_an_image():
+    with FakeTensorMode():
+        encoder = DINOv2(width=24, depth=2, heads=3, taps=(0, 1))
+        images = torch.empty(1, 3, 28, 42)
+        encoder(images)
+        assert Teacher(encoder).model(images)[1].shape == (1, 6, 24)
 
 
 def test_every_size_has_a_name():

@@ -7,6 +7,7 @@ et al., "An Image is Worth 16x16 Words", ICLR 2021 (arXiv 2010.11929).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,10 @@ class DINOv2(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy computes its own interpolations: those kept here may be of a FakeTensorMode."""
+        return {**self.__dict__, "_interpolations": {}}
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (B, 3, H, W) -> four times (B, H / 14 * W / 14, width): normalised patch tokens, row by row.
