@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from util.checkpoint import (
     tidy,
 )
 from util.config import Config, to_dict
-from util.errors import CheckpointError
+from util.errors import CheckpointError, Interrupted
 from util.resume import find_checkpoint
+from util.signals import outside_training
 
 
 def _state(value: float, numel: int = 10) -> dict[str, object]:
@@ -285,6 +287,16 @@ def test_a_checkpoint_that_a_person_named_alike_is_neither_removed_nor_continued
     for path in tmp_path.glob("[!e]*"):
         path.unlink()
     assert _find(tmp_path) == ("epoch-0002.pth", 20)
+
+
+def test_a_signal_while_a_checkpoint_is_read_does_not_make_it_a_damaged_one(tmp_path, monkeypatch):
+    def read(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    save_epoch(_run_state(1), tmp_path, improved=True)
+    monkeypatch.setattr("util.resume.read_checkpoint", read)
+    with pytest.raises(Interrupted), outside_training(0, under_srun=False):
+        find_checkpoint(tmp_path, CFG, RUN)
 
 
 def test_any_flipped_bit_of_the_weights_is_noticed_though_torch_load_does_not(tmp_path):

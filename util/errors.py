@@ -37,16 +37,22 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run, whose state is saved; the message is one line for the user."""
+class Interrupted(BaseException):
+    """A signal ended the run, whose state is saved; the message is one line for the user.
+
+    Raised anywhere, as KeyboardInterrupt is: no `except Exception` may take it for a damaged file.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
 
 
-class Silenced(Exception):
-    """This process ends because another one failed, and that one reports it; the message is the failure."""
+class Silenced(BaseException):
+    """This process ends because another one failed, and that one reports it; the message is the failure.
+
+    Raised anywhere too.
+    """
 
 
 def error_line(error: Exception) -> str:

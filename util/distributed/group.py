@@ -17,7 +17,7 @@ from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, 
 from util.distributed.network import choose_interface, interfaces, is_loopback, source_address
 from util.distributed.store import Helper, NoAnswer, StoreLost
 from util.distributed.watchdog import Watchdog
-from util.errors import ConfigError, TrainingStopped
+from util.errors import ConfigError, Interrupted, Silenced, TrainingStopped
 
 PATIENCE = 7200  # seconds for the main process to come, which checks the data before; the others come earlier
 
@@ -68,7 +68,7 @@ def process_group(
         except RuntimeError as error:
             raise TrainingStopped(_no_connection(error)) from None
         yield
-    except Exception as error:
+    except (Exception, Interrupted, Silenced) as error:
         # The group stays: without this process the others would fail at once, before it has reported its failure.
         explained = watchdog.explain(error)
         if explained is error:

@@ -91,7 +91,7 @@ class Watchdog:
         self._stopped.set()
         self._thread.join(3 * PERIOD)
 
-    def explain(self, error: Exception) -> Exception:
+    def explain(self, error: BaseException) -> BaseException:
         """What this process ends with after `error`: the error to show, or Silenced where another process shows one.
 
         The first process that fails by itself shows its error. One that lost its connection waits for that, and shows
