@@ -50,6 +50,21 @@ def test_an_error_that_is_to_be_shown_is_not_hidden_by_the_launchers_sigterm():
     assert StopSignals.last == signal.SIGTERM
 
 
+def test_a_signal_within_a_finaliser_where_python_drops_what_is_raised_ends_the_run_after_its_first_step(monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with outside_training(0, under_srun=False):
+        Finalised()
+        with StopSignals() as signals:
+            assert signals.received == signal.SIGTERM
+    with StopSignals() as signals:
+        assert signals.received == 0
+
+
 def test_a_closed_terminal_is_ignored_outside_training_where_it_was_before():
     """As nohup has it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -30,6 +30,7 @@ def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
     """
 
     def end(number: int, _: FrameType | None) -> None:
+        StopSignals.unheard = number
         if number == signal.SIGTERM and rank > 0 and under_srun:
             raise Silenced("ended by srun, after another process failed")
         raise Interrupted(number, f"ended by {signal.Signals(number).name} while it was not training: nothing to save")
@@ -38,6 +39,7 @@ def outside_training(rank: int, under_srun: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        StopSignals.unheard = 0
         for number, handler in before.items():
             if signal.getsignal(number) == end:  # unless `keep_error` has come since
                 signal.signal(number, handler)
@@ -65,12 +67,14 @@ class StopSignals:
     """
 
     last = 0
+    unheard = 0  # what came before, and Python dropped: out of a finaliser, say, nothing can be raised
 
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self.received = StopSignals.unheard
         self._before = {number: signal.signal(number, self._note) for number in _not_ignored(*STOP_SIGNALS)}
         return self
 
