@@ -66,10 +66,10 @@ def test_deterministic_runs_are_the_same_bit_for_bit_also_after_a_signal(tiny, w
         reached = "epoch 1/3  iteration 2/4" if end == signal.SIGTERM else "epoch 2/3  iteration 2/4"
         with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             log = tmp_path / "train.log"
-            for _ in range(600):
+            for _ in range(3000):
                 if process.poll() is not None or (log.exists() and reached in log.read_text()):
                     break
-                time.sleep(0.1)
+                time.sleep(0.02)
             process.send_signal(end)
             status = 128 + end if end == signal.SIGTERM else -end
             assert process.wait(60) == status, process.stderr.read()
