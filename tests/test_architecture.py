@@ -83,6 +83,7 @@ TESTED_BY = {
     "scripts/benchmark/step_v2.py": "benchmark",
     "scripts/chaos/__main__.py": "chaos",
     "scripts/chaos/compare.py": "chaos",
+    "scripts/chaos/double.py": "chaos",
     "scripts/chaos/faults.py": "chaos",
     "scripts/chaos/hosts.py": "two_hosts",
     "scripts/chaos/run.py": "chaos",

@@ -209,7 +209,7 @@ class Fault(NamedTuple):
     inflict: Callable[[Run, random.Random], None]
     processes: int = 1
     method: str | None = None
-    exact: bool = True  # the end is that of an undisturbed run bit for bit; otherwise nearly
+    exact: bool = True  # the end is that of an undisturbed run bit for bit; otherwise, in float64, nearly
 
 
 FAULTS = {
@@ -224,7 +224,7 @@ FAULTS = {
     "kill-one-of-two": Fault(kill_one_of_two, 2),
     "signal-two": Fault(ask_two_to_end, 2),
     "cut-link": Fault(cut_link, 2),
-    # Each process divides its losses by its own valid pixels, so the ends are near, not equal.
+    # One process and two add up in another order, so the ends are near, not equal.
     "one-for-two": Fault(go_on_with_one, 2, "fixmatch", exact=False),
 }
 

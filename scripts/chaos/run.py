@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from dataset.files import IGNORE_INDEX
 from dataset.prepare.toy import CLASSES, scene
 from util.config import PROJECT_ROOT
 from util.run_files import LOG_FILE
@@ -45,6 +46,7 @@ class Run:
     processes: int
     method: str = "unimatch"
     settings: list[str] = field(default_factory=list)  # changes of the config
+    double: bool = False  # whether it trains in float64
     checkpoint_bytes: int = 0  # what an undisturbed run's checkpoint has
     lost: int = 0
     output: str = ""
@@ -56,7 +58,8 @@ class Run:
         launcher = ["-m", "scripts.launch", "--processes", str(self.processes), *launch] if several else []
         arguments = ["--config", self.data / "config.yaml", "--labeled-id-path", self.data / "labeled.txt"]
         changes = ["--set", *self.settings] if self.settings else []
-        words = [sys.executable, *launcher, f"{self.method}.py", *arguments, "--save-path", self.path, *changes]
+        script = ["scripts/chaos/double.py", f"{self.method}.py"] if self.double else [f"{self.method}.py"]
+        words = [sys.executable, *launcher, *script, *arguments, "--save-path", self.path, *changes]
         return [str(word) for word in words]
 
     def start(self, *launch: str, file_limit: int | None = None) -> None:
@@ -147,7 +150,10 @@ def removed_at_the_end(run: Run) -> Iterator[None]:
 
 
 def make_data(root: Path) -> None:
-    """Images of the toy set, lists, and the config of a short run."""
+    """Images of the toy set, lists, and the config of a short run.
+
+    No pixel is ignored, nor padded by a crop: so every process divides its losses by as many.
+    """
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)
     start = 0
@@ -155,6 +161,7 @@ def make_data(root: Path) -> None:
         lines = []
         for index in range(count):
             picture, label = scene(0, "train", start + index)
+            label[label == IGNORE_INDEX] = 0
             Image.fromarray(picture).save(root / f"images/{kind}{index}.png")
             lines.append(f"images/{kind}{index}.png")
             if kind != "unlabeled":
@@ -168,7 +175,7 @@ def make_data(root: Path) -> None:
         "classes": list(CLASSES),
         "val_id_path": str(root / "val.txt"),
         "unlabeled_id_path": str(root / "unlabeled.txt"),
-        "crop_size": 32,
+        "crop_size": 28,
         "epochs": EPOCHS,
         "batch_size": 1,
         "lr": 0.001,
