@@ -51,11 +51,11 @@ def read_list(
     no path may leave that folder. `progress` wraps the iterator over the file's blocks, whose number it gets too.
     Raises DataError for a missing, empty or malformed list.
     """
-    return _read(path, "required" if labels else "kept", inside, progress)
+    return read_entries(path, "required" if labels else "kept", inside, progress)
 
 
-def _read(path: str | Path, labels: str, inside: str | Path | None, progress: Progress) -> Samples:
-    """`labels`: required, kept where there are any, or dropped."""
+def read_entries(path: str | Path, labels: str, inside: str | Path | None, progress: Progress) -> Samples:
+    """The entries of a list file; `labels`: required, kept where there are any, or dropped."""
     reader, writer, number = _LineReader(path, labels, inside), SamplesWriter(), 0
     for block in progress(_blocks(path), 1 + _file_size(path) // BLOCK):
         # The first block is read with care: only there can be a heading.
@@ -188,7 +188,7 @@ def find_unlabeled(
     """
     folder = Path(data_root) / source
     if Path(source).is_file():
-        images = _read(source, "dropped", None if allow_outside else data_root, progress)
+        images = read_entries(source, "dropped", None if allow_outside else data_root, progress)
     elif not allow_outside and not is_inside(source, data_root):
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
     elif folder.is_dir():

@@ -78,10 +78,10 @@ def test_blocks_of_plain_lines_are_read_as_others_are(tmp_path, monkeypatch, siz
         path.write_text("\n".join(lines), encoding="utf-8", newline="")
         for name in ("FIRST_BLOCK", "BLOCK"):
             monkeypatch.setattr(lists, name, 2**20)
-        expected = lists._read(path, labels, tmp_path, lambda blocks, total: blocks)
+        expected = lists.read_entries(path, labels, tmp_path, lambda blocks, total: blocks)
         monkeypatch.setattr(lists, "FIRST_BLOCK", 1)
         monkeypatch.setattr(lists, "BLOCK", size)
-        assert lists._read(path, labels, tmp_path, lambda blocks, total: blocks) == list(expected)
+        assert lists.read_entries(path, labels, tmp_path, lambda blocks, total: blocks) == list(expected)
         assert {sample.label for sample in expected} == {None} or labels == "kept"
 
 

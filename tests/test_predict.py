@@ -104,7 +104,7 @@ def _of_four_classes(image):
 def test_a_pixel_as_sure_as_the_threshold_counts(threshold, expected):
     options = Options("original", 33, ((0, 0, 0),) * 4, min_confidence=threshold)
     predictor = Predictor(_of_four_classes, torch.device("cpu"), options, {})
-    assert (predictor._forward(np.zeros((5, 6, 3), np.uint8))["index"] == expected).all()
+    assert (predictor.kinds_of(np.zeros((5, 6, 3), np.uint8))["index"] == expected).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

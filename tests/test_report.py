@@ -17,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model import build_model
 from scripts.report.__main__ import main
-from scripts.report.charts import POINTS, Series, _thinned, class_chart, curve_chart
+from scripts.report.charts import POINTS, Series, class_chart, curve_chart, thinned
 from scripts.report.page import page
 from scripts.report.pictures import Gallery
-from scripts.report.published import _TABLES, published_miou
+from scripts.report.published import TABLES, published_miou
 from scripts.report.runs import RunRecord, find_runs, group_runs, mean_and_spread, published_splits, read_run
 from tests.helpers import PROJECT_ROOT, make_dataset
 from util.cli import run_main
@@ -147,7 +147,7 @@ def test_mean_and_spread_are_those_of_the_values_that_are_there():
 
 def test_published_figures_are_those_of_the_recipes_headers():
     """Every figure stands in the header of a recipe of its data set, in a line of its method where there is one."""
-    for (dataset, backbone, _), (_, methods) in _TABLES.items():
+    for (dataset, backbone, _), (_, methods) in TABLES.items():
         folder = "configs/v2" if backbone.startswith("dinov2") else "configs"
         lines = (PROJECT_ROOT / folder / f"{dataset}.yaml").read_text().splitlines()
         for method, values in methods.items():
@@ -188,7 +188,7 @@ def test_charts_are_the_same_for_the_same_curves():
 
 def test_long_curves_are_thinned_to_means():
     curve = {step: float(step % 2) for step in range(1, 4001)}
-    thin = _thinned(curve | {7: math.nan})
+    thin = thinned(curve | {7: math.nan})
     assert len(thin) == POINTS and max(thin) == 4000
     assert np.allclose(list(thin.values()), 0.5, atol=0.05)
 

@@ -97,7 +97,7 @@ class Predictor:
             tile = max(width, height) if small else options.tile
             step = -(-max(width, height) // PREVIEW)
             previews, top, streams = [], 0, None
-            for band in predict_bands(rows, tile, 0 if small else options.overlap, self._forward):
+            for band in predict_bands(rows, tile, 0 if small else options.overlap, self.kinds_of):
                 if streams is None:  # only now: nothing is left behind of a picture that cannot be read at all
                     streams = self._open(stack, targets, rows, path)
                 previews.append(self._put(band, streams, -top % step, step))
@@ -144,7 +144,7 @@ class Predictor:
         return streams
 
     @torch.inference_mode()
-    def _forward(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def kinds_of(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         options, by = self.options, self.options.normalization
         image = normalize(to_tensor(pixels)[None].to(self.device), by)
         scores = class_scores(self.model, image, options.mode, options.crop_size, options.scales, options.flip)

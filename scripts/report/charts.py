@@ -43,7 +43,7 @@ def curve_chart(series: Sequence[Series], title: str, theme: str, mark_best: boo
     figure, axis = _axes(WIDTH, HEIGHT, theme)
     for index, group in enumerate(series):
         style = {"color": colour_of(index, theme), "linestyle": LINES[index // 7 % len(LINES)]}
-        curves = [curve if mark_best else _thinned(curve) for curve in group.curves if curve]
+        curves = [curve if mark_best else thinned(curve) for curve in group.curves if curve]
         several = len(curves) > 1
         for curve in curves:
             points = list(curve), list(curve.values())
@@ -119,7 +119,7 @@ def _svg(figure: Any, axis: Any, title: str, series: int, theme: str) -> str:
     return file.getvalue()
 
 
-def _thinned(curve: Curve) -> Curve:
+def thinned(curve: Curve) -> Curve:
     """At most POINTS points, each the mean of as many neighbours, at the step of the last of them. NaN is left out."""
     points = [(step, value) for step, value in sorted(curve.items()) if not math.isnan(value)]
     if len(points) <= POINTS:

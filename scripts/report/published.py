@@ -8,7 +8,7 @@ from util.config import Config
 # DINOv2: the logs of UniMatch V2 (arXiv 2410.10777), single runs, the best epoch.
 _PASCAL, _CITYSCAPES = ("92", "183", "366", "732", "1464"), ("1_16", "1_8", "1_4", "1_2")
 _COCO, _ADE20K = ("1_512", "1_256", "1_128", "1_64", "1_32"), ("1_64", "1_32", "1_16", "1_8", "1_4")
-_TABLES: dict[tuple[str, str, int], tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {
+TABLES: dict[tuple[str, str, int], tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {
     ("pascal", "resnet101", 321): (
         _PASCAL,
         {"unimatch": (75.2, 77.2, 78.8, 79.9, 81.2), "supervised": (45.1, 55.3, 64.8, 69.7, 73.5)},
@@ -85,7 +85,7 @@ _TABLES: dict[tuple[str, str, int], tuple[tuple[str, ...], dict[str, tuple[float
 
 def published_miou(cfg: Config, split: str | None) -> dict[str, float]:
     """Method -> published mIoU where data set, split, backbone and crop are the same; empty where there is none."""
-    splits, methods = _TABLES.get((cfg.dataset, cfg.backbone, cfg.crop_size), ((), {}))
+    splits, methods = TABLES.get((cfg.dataset, cfg.backbone, cfg.crop_size), ((), {}))
     if split not in splits:
         return {}
     column = splits.index(split)
