@@ -83,7 +83,7 @@ def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeyp
     [
         ("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)", "/dev/shm"),
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...", "/dev/shm"),
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "want of memory"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "memory ran out"),
         ("DataLoader worker (pid(s) 7) exited unexpectedly with exit code 1.", "hand its batch over"),
         ("DataLoader timed out after 1800 seconds", "none gave a batch"),
         ("Too many open files. Communication with the workers is no longer possible.", "open files"),

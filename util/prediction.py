@@ -145,6 +145,7 @@ class Predictor:
 
     @torch.inference_mode()
     def kinds_of(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """What is predicted for an image or tile (H, W, C), by the kind of output."""
         options, by = self.options, self.options.normalization
         image = normalize(to_tensor(pixels)[None].to(self.device), by)
         scores = class_scores(self.model, image, options.mode, options.crop_size, options.scales, options.flip)
