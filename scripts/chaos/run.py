@@ -125,7 +125,7 @@ class Run:
         """Continue to the end, and count the steps that had to be repeated."""
         self.start(*launch)
         self.end(0)
-        done = 0
+        done = steps = 0
         for line in self.log().splitlines():
             if progress := LINE.search(line):
                 epoch, iteration, steps = (int(number) for number in progress.groups()[:3])
