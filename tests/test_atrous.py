@@ -98,6 +98,7 @@ def test_it_can_be_copied_saved_and_folded_like_any_convolution():
         torch.testing.assert_close(folded(x), norm(plain(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True])
 def test_it_compiles_into_one_graph_with_its_backward_pass(amp):
     ours, plain = _pair(12, torch.float32)

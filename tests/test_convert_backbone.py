@@ -134,6 +134,7 @@ def test_a_converted_xception_gives_timm_s_c1_but_near_the_border(xception):
     assert_near(c1[..., inside, inside], seen["c1"][..., inside, inside])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unchanged", [None, "shortcut", "stride", "dilation", "border"])
 @torch.no_grad()
 def test_an_xception_s_c4_differs_from_timm_s_by_exactly_what_is_documented(xception, unchanged):

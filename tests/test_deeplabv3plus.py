@@ -27,13 +27,8 @@ SEED = FIGURES["seed"]
 OS8, OS16, OS32 = (False, True, True), (False, False, True), (False, False, False)
 
 
-def make(backbone="resnet18", nclass=5, dilations=(6, 12, 18), replace_stride_with_dilation=OS16):
-    return make_model(
-        backbone=backbone,
-        nclass=nclass,
-        dilations=dilations,
-        replace_stride_with_dilation=replace_stride_with_dilation,
-    )
+def make(backbone="resnet18", nclass=5, dilations=(6, 12, 18), strides=OS16):
+    return make_model(backbone=backbone, nclass=nclass, dilations=dilations, replace_stride_with_dilation=strides)
 
 
 def make_meta(*args, **kwargs):
@@ -119,7 +114,7 @@ def test_features_have_the_backbone_s_width_and_the_decoder_an_eighth_of_c4(back
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet50_tv"])
 @pytest.mark.parametrize(("replace", "size"), [(OS8, (9, 13)), (OS16, (5, 7)), (OS32, (3, 4))])
 def test_replaced_strides_keep_the_resolution(backbone, replace, size):
-    model = make_meta(backbone, replace_stride_with_dilation=replace)
+    model = make_meta(backbone, strides=replace)
     c1, c4 = model.backbone(torch.empty(1, 3, 65, 97, device="meta"))
     assert c1.shape[2:] == (17, 25)
     assert c4.shape[2:] == size
@@ -135,7 +130,7 @@ def test_replaced_strides_keep_the_resolution(backbone, replace, size):
     ],
 )
 def test_first_block_of_a_dilated_stage_has_the_dilation_before_it(backbone, replace, dilations):
-    model = make_meta(backbone, replace_stride_with_dilation=replace)
+    model = make_meta(backbone, strides=replace)
     for stage, (first, later) in dilations.items():
         blocks = list(getattr(model.backbone, stage))
         for block, dilation in zip(blocks, [first] + [later] * (len(blocks) - 1), strict=True):
@@ -143,6 +138,7 @@ def test_first_block_of_a_dilated_stage_has_the_dilation_before_it(backbone, rep
             assert {conv.dilation for conv in convs} == {conv.padding for conv in convs} == {(dilation, dilation)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 @pytest.mark.parametrize("replace", [OS8, OS16, OS32])
 @torch.no_grad()
@@ -292,6 +288,7 @@ def test_decoder_starts_from_pytorch_s_defaults(resnet18):
 # ---- devices and compilers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_forward_on_a_gpu_mixes_no_devices_and_waits_for_nothing(backbone):
     # Fake tensors raise on operations between devices and on reading a value, which on a GPU waits for it.
@@ -304,6 +301,7 @@ def test_forward_on_a_gpu_mixes_no_devices_and_waits_for_nothing(backbone):
             assert all(out.device.type == "cuda" and out.shape == (2, 5, 65, 81) for out in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("training", [True, False])
 def test_backward_reads_no_value_and_reaches_every_parameter(backbone, training):
@@ -340,9 +338,9 @@ def test_an_unknown_backbone_is_refused_by_name():
 @pytest.mark.parametrize("replace", [OS8, OS32])
 def test_xception_refuses_another_output_stride_than_16(replace):
     with pytest.raises(ValueError, match=r"xception has output stride 16 only, set \[false, false, true\]"):
-        make("xception", replace_stride_with_dilation=replace)
+        make("xception", strides=replace)
 
 
 def test_replace_stride_with_dilation_needs_three_booleans():
     with pytest.raises(ValueError, match="three booleans needed"):
-        make(replace_stride_with_dilation=(False, True))
+        make(strides=(False, True))

@@ -112,6 +112,7 @@ def assert_usage_error(result, *expected):
 # scripts.launch
 
 
+@pytest.mark.slow
 def test_every_process_gets_its_rank_the_arguments_and_a_share_of_the_cores(tmp_path):
     script = write(tmp_path / "a script.py", RECORD)
     result = run_launch(script, "--set", "epochs=2", "name=two words", processes=2)
@@ -124,6 +125,7 @@ def test_every_process_gets_its_rank_the_arguments_and_a_share_of_the_cores(tmp_
     assert all(int(r["OMP_NUM_THREADS"]) == max(1, cores // 2) for r in found)
 
 
+@pytest.mark.slow
 def test_the_given_port_and_number_of_threads_are_kept(tmp_path):
     server, port = listening_port()
     server.close()
@@ -133,6 +135,7 @@ def test_the_given_port_and_number_of_threads_are_kept(tmp_path):
     assert [(r["MASTER_PORT"], r["OMP_NUM_THREADS"]) for r in records(result)] == [(str(port), "7")] * 2
 
 
+@pytest.mark.slow
 def test_the_exit_status_and_the_words_of_a_failing_process_pass_through_and_nothing_is_added(tmp_path):
     script = write(
         tmp_path / "script.py",
@@ -149,6 +152,7 @@ sys.exit(3)
     assert (result.returncode, result.stdout, result.stderr) == (3, "out\n", "error: in my own words\n")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_reported_in_one_line_and_as_128_plus_the_signal(tmp_path):
     script = write(
         tmp_path / "script.py",
@@ -164,6 +168,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert result.stderr == "error: process 1 was ended by signal 9 (SIGKILL); out of memory is the usual cause\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_all_processes_without_a_traceback(tmp_path, number):
     script = write(
@@ -226,6 +231,7 @@ with StopSignals() as signals:
     assert (process.returncode, stdout, stderr) == (0, "lived on\nlived on\n", "")
 
 
+@pytest.mark.slow
 def test_after_a_failure_all_processes_start_again_as_often_as_allowed(tmp_path):
     script = write(
         tmp_path / "script.py",
@@ -270,6 +276,7 @@ def test_a_launch_that_cannot_work_is_one_line_and_status_2(words, expected, cap
     assert expected in line
 
 
+@pytest.mark.slow
 def test_without_a_folder_for_temporary_files_a_launch_is_one_line(tmp_path):
     script = write(tmp_path / "script.py", RECORD)
     program = "import sys, tempfile; tempfile._candidate_tempdir_list = list\nimport scripts.launch as l\n"
@@ -288,6 +295,7 @@ def test_a_taken_port_is_refused_with_the_way_out(capsys):
     assert line.startswith(f"error: port {port} is taken; choose another")
 
 
+@pytest.mark.slow
 def test_a_port_taken_after_the_check_is_one_line_too(tmp_path):
     script = write(tmp_path / "script.py", RECORD)
     program = "import sys, scripts.launch as l; l.check_port = lambda port: None; sys.exit(l.main(sys.argv[1:]))"
@@ -339,6 +347,7 @@ def test_the_failure_reported_is_the_first_that_others_did_not_cause(exits, expe
 # train.sh
 
 
+@pytest.mark.slow
 def test_train_runs_in_the_project_from_any_folder(project, tmp_path):
     result = sh(project, "train.sh", 2, "--set", "name=two words", cwd=tmp_path, PYTHON=sys.executable)
     assert (result.returncode, result.stderr) == (0, "")
@@ -351,6 +360,7 @@ def test_train_runs_in_the_project_from_any_folder(project, tmp_path):
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_trains_exit_status_is_that_of_the_training(project):
     write(project / "unimatch.py", "raise SystemExit(5)")
     result = sh(project, "train.sh", 1, PYTHON=sys.executable)

@@ -230,6 +230,7 @@ def test_a_run_with_fp16_on_the_cpu_stops_before_it_starts(tmp_path):
 # Folded BatchNorm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_folding_leaves_no_batch_norm_and_the_same_logits(backbone):
     model = _model(backbone=backbone).double()

@@ -169,6 +169,7 @@ def test_the_first_part_is_back_propagated_before_the_strong_forward(method):
     assert events == ["eval", "train", "backward", "train", "backward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["unimatch", "fixmatch", "supervised"])
 @pytest.mark.parametrize("criterion_name", ["CELoss", "OHEM"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -108,6 +108,7 @@ def _step_of(function, model: nn.Module, teacher, *arguments) -> tuple[float, li
     return float(loss), [p.grad for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpt", "deeplabv3plus"])
 def test_a_step_equals_the_naive_one(name):
     def model() -> nn.Module:
@@ -178,6 +179,7 @@ def test_the_student_never_sees_the_weak_view_and_each_part_is_back_propagated_w
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["unimatch_v2", "fixmatch"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_step_and_the_teachers_update_mix_no_devices_and_read_no_value_back(method, device):

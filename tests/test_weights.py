@@ -23,6 +23,7 @@ def make(backbone="resnet18", nclass=5, pretrained=False, load=True):
 # ---- ImageNet weights that load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_weights_are_read_from_the_project_whatever_the_current_folder(project, monkeypatch, tmp_path, name):
     state = {k: v for k, v in filled_backbone(name).items() if not k.endswith("num_batches_tracked")}
@@ -76,6 +77,7 @@ def test_no_file_is_touched_unless_argument_and_config_ask_for_weights(project):
 # ---- ImageNet weights that do not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "xception", "resnet50_tv", "resnet101_tv"])
 def test_missing_weights_say_which_file_what_it_is_and_where_to_get_it(project, name):
     message = weights_error(make, name, pretrained=True)
@@ -125,6 +127,7 @@ def test_torchvision_s_file_loads_as_it_is(project, name):
     assert_loaded(make(f"{name}_tv", pretrained=True).backbone, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_torchvision_s_stem_and_the_deep_one_are_told_apart(project, name):
     torch.save(torchvision_state(name), project / f"{name}.pth")
