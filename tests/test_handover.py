@@ -48,7 +48,8 @@ class SlowBatches(Dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method, capfd):
+def test_a_batch_that_cannot_be_sent_is_one_error_not_a_wait_without_end(method, capfd, monkeypatch):
+    monkeypatch.setattr("dataset.loader.CHECK", 3)
     context = multiprocessing.get_context(method)
     loader = LoaderOptions(1).build(Batches(Unsendable), collate_fn=same, multiprocessing_context=context)
     with pytest.raises(DataError, match=r"^loading processes: one could not hand its batch over.*; lower workers"):
@@ -107,7 +108,7 @@ def test_each_way_of_failing_between_the_processes_is_named(text, fragment):
 )
 def test_a_way_between_the_processes_that_breaks_off_is_one_line(monkeypatch, error, fragment):
     def broken(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: its traceback would keep the processes until the very end
 
     monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", broken)
     with pytest.raises(DataError if fragment else FileNotFoundError, match=fragment):
