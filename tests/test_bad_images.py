@@ -161,6 +161,7 @@ def test_a_run_stops_naming_the_file_unless_told_otherwise(data, tmp_path, capsy
     assert line.startswith(f"error: {path}: unreadable ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_may_skip_ends_and_tells_what_it_skipped(data, tmp_path, capsys, workers):
     path = _spoil(data, "images/unlabeled3.jpg")

@@ -457,6 +457,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", HOSTILE, ids=lambda fault: fault.__name__)
 def test_hostile_input_is_refused_in_one_line(data, tmp_path, capsys, fault):
     arguments, fragments = spoil(fault, data, tmp_path / "run")
@@ -516,6 +517,7 @@ class Code:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.slow
 def test_a_file_with_code_in_it_is_refused_wherever_one_is_read_and_not_run(data, tmp_path, capsys):
     path, folder = tmp_path / "latest.pth", tmp_path / "made by the file"
     torch.save({"model": Code(folder)}, path)

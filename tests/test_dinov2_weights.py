@@ -90,6 +90,7 @@ def test_another_vision_transformer_is_refused_and_said_what_it_is(project, chan
     assert f"dinov2_small.pth: {message}" in weights_error(check_pretrained, dpt_config())
 
 
+@pytest.mark.slow
 def test_other_networks_in_place_of_dinov2_are_recognised(project):
     path = project / "dinov2_small.pth"
     for state, message in (
@@ -144,6 +145,7 @@ def test_of_a_checkpoint_with_a_teacher_either_network_can_be_taken_and_is_told(
         assert_last_bias(model, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapper", "prefix"),
     [

@@ -91,6 +91,7 @@ def test_a_backbone_without_published_weights_says_so(project):
     assert "none are published, or set `pretrained: false`" in weights_error(make, "resnet18", pretrained=True)
 
 
+@pytest.mark.slow
 def test_unreadable_weights_are_named(project):
     path = project / "resnet50.pth"
     torch.save(filled_backbone("resnet50"), path)
@@ -106,6 +107,7 @@ def test_unreadable_weights_are_named(project):
     assert f"{path}: cannot be read (Is a directory)" in weights_error(make, "resnet50", pretrained=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [torch.zeros(3), {}, [1, 2], {"epoch": 3}, {"model": {"a": 1}}])
 def test_a_file_without_a_state_dict_is_refused(project, content):
     torch.save(content, project / "resnet50.pth")
@@ -177,6 +179,7 @@ def test_counters_are_not_left_out_for_a_resnet(project):
 # ---- checkpoints of whole models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", STATE_DICTS)
 def test_published_checkpoints_load_bare_and_under_model(backbone):
     published = {f"module.{name}": tensor for name, tensor in filled(STATE_DICTS[backbone]).items()}
