@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageMode
 
 from dataset.errors import DataError
-from dataset.files import errors_named, gives_upper_bits, image_pixel_limit, too_many_pixels
+from dataset.files import check_pixels, errors_named, gives_upper_bits
 from dataset.raster import ROWS, block_rows, find_rasterio, open_raster, read_rows
 
 IMAGENET_RGB = (0, 1, 2)
@@ -55,8 +55,7 @@ class Stored(NamedTuple):
 def read_bands(path: str | Path, bands: Bands) -> np.ndarray:
     """An image's pixels, uint8 (H, W, channels). Raises DataError naming the file."""
     with open_bands(path, bands) as stored, errors_named(path, "image"):
-        if stored.height * stored.width > image_pixel_limit():
-            raise too_many_pixels(path, "image", stored.height * stored.width)
+        check_pixels(path, stored.width, stored.height)
         result, top = np.empty((stored.height, stored.width, bands.channels), np.uint8), 0
         for block in _blocks(stored, bands):
             result[top : top + len(block)] = block
@@ -158,9 +157,7 @@ def _decoded(
 ) -> Stored:
     """Decoded whole, once, when the first rows are read."""
     width, height, first = _layout(path, shape, dtype, bands)
-    if width * height > image_pixel_limit():
-        fault = too_many_pixels(path, "image", width * height)
-        raise DataError(f"{fault}; {why}", fault.kind)
+    check_pixels(path, width, height, why)
     values = functools.cache(decode)
     return Stored(width, height, lambda top, bottom: _rows(values(), top, bottom, first), whole=why)
 

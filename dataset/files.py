@@ -271,13 +271,19 @@ def errors_named(path: str | Path, kind: str) -> Iterator[None]:
         raise DataError(message, f"unreadable {kind}s") from None
 
 
-def too_many_pixels(path: str | Path, kind: str, pixels: int | str) -> DataError:
-    """The fault of a `kind`, image or label, beyond the limit of sizes."""
+def too_many_pixels(path: str | Path, kind: str, pixels: int | str, more: str = "") -> DataError:
+    """The fault of a `kind`, image or label, beyond the limit of sizes; `more` is said besides."""
     return DataError(
         f"{path}: the {kind} has {pixels} pixels, max_image_pixels is {image_pixel_limit()}: raise it if the {kind} is "
-        "meant to be so large",
+        f"meant to be so large{more and f'; {more}'}",
         f"{kind}s of more than max_image_pixels",
     )
+
+
+def check_pixels(path: str | Path, width: int, height: int, more: str = "") -> None:
+    """Raise the fault of an image that is too large to be decoded whole."""
+    if width * height > image_pixel_limit():
+        raise too_many_pixels(path, "image", width * height, more)
 
 
 def check_depth(path: str | Path, image: Image.Image) -> None:

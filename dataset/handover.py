@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from dataset.errors import DataError
+from dataset.errors import DataError, one_line
 
 SHARED_MEMORY = Path("/dev/shm")
 SECONDS = 1800  # without a batch, after which the loading processes have failed
@@ -120,6 +120,5 @@ def give_up_where_nothing_can_be_handed_over() -> None:
 
 
 def _give_up(error: Exception, _: Any) -> None:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    print(f"note: a loading process cannot hand its batch over: {reason}", file=sys.stderr, flush=True)
+    print(f"note: a loading process cannot hand its batch over: {one_line(error)}", file=sys.stderr, flush=True)
     os._exit(1)

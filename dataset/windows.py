@@ -19,16 +19,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from PIL.TiffTags import LONG
 
 from dataset.bands import Bands, band_rows
-from dataset.errors import DataError
-from dataset.files import (
-    errors_named,
-    gives_upper_bits,
-    image_pixel_limit,
-    open_image,
-    orientation,
-    read_image,
-    too_many_pixels,
-)
+from dataset.files import check_pixels, errors_named, gives_upper_bits, open_image, orientation, read_image
 from dataset.raster import ROWS, block_rows, find_rasterio, open_raster, read_rows
 
 BLOCK_PIXELS = 2**26  # a compressed strip, or a row of tiles, of a TIFF holds at most so many, else it is no help
@@ -85,9 +76,7 @@ def _in_blocks(path: Path, upright: bool, stack: contextlib.ExitStack) -> Rows:
         reader = None if turned else _reader(path, kind, mode, tags)
         if reader is not None:
             return Rows(path, width, height, stack.enter_context(reader))
-    if width * height > image_pixel_limit():
-        fault = too_many_pixels(path, "image", width * height)
-        raise DataError(f"{fault}; {_why(kind, turned)}", fault.kind)
+    check_pixels(path, width, height, _why(kind, turned))
     return _decoded(path, upright, _why(kind, turned))
 
 

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.checkpoint}: IoU in percent ({view.mode}, {len(samples)} images)")
     print(iou_table(result.iou, cfg.classes))
     if analysis is not None:
-        report = Report(trained, samples, view, result, analysis, chosen_palette(args, cfg))
+        report = Report(trained, samples, view, result, analysis, chosen_palette(cfg, args.colors))
         worst = [
             (number, miou, report.show(model, source, number, device)) for number, miou in analysis.worst(args.worst)
         ]

@@ -161,7 +161,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace, cfg: Config, multiple: int) -> Options:
-    palette = chosen_palette(args, cfg)
+    palette = chosen_palette(cfg, args.colors)
     return Options(
         cfg.eval_mode,
         cfg.crop_size,

@@ -118,9 +118,9 @@ def add_colors_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_palette(args: argparse.Namespace, cfg: Config) -> Sequence[tuple[int, int, int]]:
+def chosen_palette(cfg: Config, colors: str) -> Sequence[tuple[int, int, int]]:
     """The colour of each class, as `--colors` says."""
-    return cfg.palette if args.colors == "dataset" else colorblind_palette(cfg.nclass)
+    return cfg.palette if colors == "dataset" else colorblind_palette(cfg.nclass)
 
 
 def check_view_arguments(args: argparse.Namespace) -> None:

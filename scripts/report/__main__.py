@@ -20,6 +20,7 @@ from util.cli import run_main
 from util.errors import ConfigError
 from util.outputs import check_suffix, check_targets, writing
 from util.plots import require_matplotlib
+from util.trained import add_colors_argument
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=int, default=4, metavar="N", help="validation images that each run predicts (default: 4)"
     )
-    parser.add_argument(
-        "--colors", choices=("dataset", "colorblind"), default="dataset", help="of the classes in these pictures"
-    )
+    add_colors_argument(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.images <= 100:
         raise ConfigError(f"--images {args.images}: must be from 0 to 100")
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sections = []
     for same_data in _by_data(runs):
-        gallery = make_gallery(same_data, args.images, args.colors == "colorblind") if args.images else None
+        gallery = make_gallery(same_data, args.images, args.colors) if args.images else None
         sections.append((group_runs(same_data), gallery or Gallery([], {}, [])))
     made = f"{len(runs)} run{'s' * (len(runs) > 1)}, {datetime.now():%Y-%m-%d %H:%M}"
     text = page(sections, made)

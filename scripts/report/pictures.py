@@ -22,8 +22,7 @@ from util.config import resolve_path
 from util.errors import USER_ERRORS, error_line
 from util.evaluate import center_crop, predict
 from util.lists import data_source, spread
-from util.palette import colorblind_palette
-from util.trained import open_trained
+from util.trained import chosen_palette, open_trained
 from util.visualize import colorize
 
 SIDE = 240  # pixels of a picture's longer side at most
@@ -48,10 +47,10 @@ class Gallery:
     legend: list[tuple[str, tuple[int, int, int]]]
 
 
-def make_gallery(runs: Sequence[RunRecord], count: int, colorblind: bool) -> Gallery:
+def make_gallery(runs: Sequence[RunRecord], count: int, colors: str) -> Gallery:
     """`count` images of the first run's validation list, evenly spaced, predicted by each run's best checkpoint."""
     cfg = runs[0].cfg
-    palette = colorblind_palette(cfg.nclass) if colorblind else cfg.palette
+    palette = chosen_palette(cfg, colors)
     gallery, seen = Gallery([], {}, []), set()
     try:
         limit_image_pixels(cfg.max_image_pixels)
