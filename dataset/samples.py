@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,11 @@ class Samples(Sequence[Sample]):
         while chunk := list(islice(samples, CHUNK)):
             writer.write(chunk)
         return writer.finish()
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        """For pickle, whose protocol 5 can hand out the three buffers without a copy."""
+        data = pickle.PickleBuffer(self._data) if protocol >= 5 else self._data
+        return _restored, (data, self._starts, self._ends)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -142,6 +148,10 @@ class SamplesWriter:
         data = self._text.getvalue()
         self.__init__()
         return Samples(data, bounds[:-1], bounds[1:])
+
+
+def _restored(data: bytes | bytearray, starts: np.ndarray, ends: np.ndarray) -> Samples:
+    return Samples(bytes(data), starts, ends)
 
 
 def _sample(record: bytes) -> Sample:

@@ -12,8 +12,10 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,20 +24,21 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from dataset import DataError
-from dataset.lists import read_list
+from dataset.lists import list_digest, read_list
 from dataset.loader import LoaderOptions, val_loader
 from dataset.source import DataSource
 from dataset.views import UnlabeledViews
 from model.backbone.resnet import BasicBlock, ResNet
 from model.semseg.deeplabv3plus import DeepLabV3Plus
 from scripts.benchmark.naive import paste_partner
+from supervised import supervised_step
 from tests.helpers import make_dataset
 from tests.reference import formulas
 from tests.steps import run_step
 from util.cli import run_main
 from util.distributed import watchdog as faults
 from util.distributed.batchnorm import SyncBatchNormCPU
-from util.distributed.collectives import DelayedMax, all_reduce_sum, process_count
+from util.distributed.collectives import DelayedMax, all_reduce_sum, from_main, process_count
 from util.distributed.ddp import distribute, unwrap
 from util.distributed.group import process_group
 from util.distributed.launch import Processes, choose_device, find_processes
@@ -45,6 +48,7 @@ from util.evaluate import evaluate
 from util.losses import CrossEntropy
 from util.schedule import build_optimizer
 from util.teacher import Teacher
+from util.train.optimizer_step import OptimizerStep
 from util.train.step_metrics import StepMetrics
 
 CPU = torch.device("cpu")
@@ -190,6 +194,41 @@ def test_after_a_step_every_process_has_the_same_weights_to_the_bit(trained, met
         assert digest != start
 
 
+def _without_batch_norm() -> DeepLabV3Plus:
+    model = _model()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(1, child.num_features))
+    return model
+
+
+def _supervised_steps(rank: int, count: int) -> str:
+    """Steps of two images with one on each of two processes, or one after the other; the weights at the end."""
+    cfg = SimpleNamespace(accumulate=2 // count, cuda_graphs=False, on_nonfinite="stop", amp="none")
+    model = distribute(_without_batch_norm(), CPU)
+    optimizer = build_optimizer(model, lr=0.01, lr_multi=2)
+    step = OptimizerStep(
+        SimpleNamespace(cfg=cfg, device=CPU, log=None),
+        model,
+        optimizer,
+        lambda batch, backward: supervised_step(model, batch, CrossEntropy(), backward),
+    )
+    for number in range(3):
+        image, label = (torch.from_numpy(part) for part in formulas.labeled(number, 2, SIZE, NCLASS))
+        label[1, :9] = 255  # other numbers of valid pixels change nothing: each image's loss is a mean of its own
+        own = range(rank, 2, count)
+        step.run((image[k : k + 1], label[k : k + 1]) for k in own)
+    return _digest(model)
+
+
+def test_where_gradients_are_sums_of_two_terms_one_process_gives_the_bits_of_two(tmp_path):
+    """Two batches accumulated, or one on each of two processes. Not with BatchNorm, whose statistics would differ."""
+    (expected,) = _run(_supervised_steps, 1, tmp_path)
+    assert expected != _digest(_without_batch_norm())
+    assert _run(_supervised_steps, 2, tmp_path) == [expected, expected]
+
+
 def _reductions(rank: int, count: int) -> dict[str, int]:
     """How many buckets of gradients each method's step sends."""
     sent = dict.fromkeys(STEPS, 0)
@@ -281,6 +320,25 @@ def test_a_model_on_one_process_is_not_wrapped():
     model = _model()
     assert distribute(model, CPU) is model
     assert unwrap(model) is model
+
+
+# --- what the main process sends
+
+
+def _received(rank: int, count: int, list_path: Path) -> dict[str, Any]:
+    value = (read_list(list_path), None, list_path) if rank == 0 else "is ignored"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samples, nothing, path = from_main(value)
+    same = samples == read_list(list_path) and samples[1:] == read_list(list_path)[1:]
+    return {"same": same, "digest": samples.digest, "nothing": nothing, "path": str(path)}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_process_gets_the_lists_of_the_main_one(tmp_path, count):
+    path = make_dataset(tmp_path, labeled=3, unlabeled=1, val=1).labeled
+    expected = {"same": True, "digest": list_digest(read_list(path)), "nothing": None, "path": str(path)}
+    assert _run(_received, count, tmp_path, path) == [expected] * count
 
 
 # --- evaluation

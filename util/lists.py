@@ -47,8 +47,7 @@ def find_lists(
 ) -> Lists:
     """Read the lists that the command line and the config name. Raises ConfigError or DataError.
 
-    Each process reads them for itself: that takes a second per million lines, and every fault is found before the
-    process group starts. `progress` as for `read_list`; `notes` gets what the log should say.
+    `progress` as for `read_list`; `notes` gets what the log should say.
     """
     data_root = resolve_path(cfg.data_root)
     inside = None if cfg.allow_outside_root else data_root

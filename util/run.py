@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from dataset.cache import ImageCache, open_cache
 from dataset.files import limit_image_pixels
 from dataset.handover import check_handover
-from dataset.lists import no_progress
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
 from dataset.semi import EpochSampler, TrainDataset
 from model import build_model, check_pretrained
@@ -35,6 +34,7 @@ from util.config import (
     resolve_path,
     to_dict,
 )
+from util.distributed.collectives import from_main
 from util.distributed.group import process_group
 from util.distributed.launch import (
     Processes,
@@ -170,20 +170,19 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         check_precision(cfg, device, processes.count)
         set_backends(cfg)
         check_handover(loader_options(cfg, device).workers)
-        reading = partial(show_progress, "reading lists", "blocks") if processes.is_main else no_progress
-        lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading, notes)
-        unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
-        check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
-        save_path, found = Path(args.save_path), Found(None)
-        if processes.is_main:
+        save_path, lists, found = Path(args.save_path), None, Found(None)
+        if processes.is_main:  # it reads and checks for all
+            reading = partial(show_progress, "reading lists", "blocks")
+            lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading, notes)
+            unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
+            check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
             check_loggers(cfg.logger)
             _check_writable(save_path)
             notes += stack.enter_context(locked(save_path))
-        if args.resume == "auto":
-            steps = len(_sampler(cfg, lists, processes)) // cfg.step_images
-            found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
-            notes += found.notes
-        if processes.is_main:
+            if args.resume == "auto":
+                steps = len(_sampler(cfg, lists, processes)) // cfg.step_images
+                found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
+                notes += found.notes
             _check_inputs(cfg, args, save_path, fresh=found.path is None)
             notes += _check_start(cfg, found)
             notes += _check_data(cfg, lists)
@@ -202,6 +201,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
             release(save_path)
 
         stack.enter_context(process_group(processes, device, cfg.dist_timeout, ended_by_others))
+        lists, checkpoint = from_main((lists, found.path))
         if processes.is_main:
             own_config = identity(save_path / CONFIG_FILE)  # may be the one that was given: then it stays as it is
             if own_config is None or own_config != identity(resolve_path(args.config)):
@@ -209,7 +209,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
                     temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
             paths = {"labeled_id_path": args.labeled_id_path, "unlabeled_id_path": args.unlabeled_id_path}
             write_info(save_path, {"method": method, **paths, "processes": processes.count, "device": device.type})
-        run = Run(method, cfg, lr, lists, save_path, found.path, processes, device, log, cache)
+        run = Run(method, cfg, lr, lists, save_path, checkpoint, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)
         torch.manual_seed(cfg.seed)

@@ -1,10 +1,13 @@
-"""Collectives: sums and gathers over all processes, and a delayed max all-reduce."""
+"""Collectives: sums and gathers over all processes, what the main one sends, and a delayed max all-reduce."""
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,6 +25,28 @@ def gather_objects(value: Any) -> list[Any]:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's `value`, of any kind that can be pickled, on each process; the others' is ignored.
+
+    Large buffers in it, as those of a list of images, are sent without being copied. The host waits for it.
+    """
+    if process_count() == 1:
+        return value
+    group = dist.new_group(backend="gloo")  # NCCL would send it from one GPU to another
+    buffers: list[Any] = []
+    packed = pickle.dumps(value, 5, buffer_callback=buffers.append) if dist.get_rank() == 0 else None
+    buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+    head = [packed, [len(buffer) for buffer in buffers]]
+    dist.broadcast_object_list(head, group=group)
+    if dist.get_rank() > 0:
+        buffers = [np.empty(size, np.uint8) for size in head[1]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable|The given NumPy array is not writable")
+        for buffer in buffers:
+            dist.broadcast(torch.from_numpy(buffer), 0, group=group)
+    return pickle.loads(head[0], buffers=buffers) if dist.get_rank() > 0 else value
 
 
 def process_count() -> int:
