@@ -9,8 +9,8 @@ there are warnings), 2 if nothing could be checked, for instance if a list is mi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from dataset.files import IGNORE_INDEX, limit_image_pixels
 from dataset.lists import Sample, read_list
 from dataset.loader import default_workers
-from dataset.prepare.audit import ERROR, LEVELS, WARNING, Inspection, inspect_lists
+from dataset.prepare.audit import Inspection, inspect_lists
+from dataset.prepare.findings import ERROR, LEVELS, WARNING, Findings
 from dataset.prepare.statistics import channel_statistics
 from util.cli import add_common_arguments, run_main
 from util.config import Config, load_config, resolve_path
@@ -33,17 +34,17 @@ from util.visualize import percent
 REPORT, CHART = "report.txt", "classes.png"
 
 
-def format_findings(inspection: Inspection, shown: int | None = None) -> str:
-    """The findings by level and kind, at most `shown` of a kind."""
-    lines = []
-    for level in LEVELS:
-        for kind, messages in inspection.at(level).items():
-            count = f" ({len(messages)})" if len(messages) > 1 else ""
-            lines += ["", f"{level}: {kind}{count}", *(f"  {text}" for text in messages[:shown])]
-            if shown is not None and len(messages) > shown:
-                lines.append(f"  ... and {len(messages) - shown} more")
-    text = "\n".join(lines[1:]) or "nothing to report"
-    return text.encode("utf-8", "backslashreplace").decode()  # a folder may hold file names that are not UTF-8
+def format_findings(findings: Findings, shown: int | None = None) -> Iterator[str]:
+    """The lines of the findings by level and kind, at most `shown` of a kind; a blank line before each kind."""
+    kinds = [(level, kind) for level in LEVELS for kind in findings.kinds(level)]
+    if not kinds:
+        yield from ("", "nothing to report")
+    for level, kind in kinds:
+        count = findings.count(level, kind)
+        yield from ("", f"{level}: {kind}" + (f" ({count})" if count > 1 else ""))
+        yield from (f"  {text}" for text in islice(findings.messages(level, kind), shown))
+        if shown is not None and count > shown:
+            yield f"  ... and {count - shown} more"
 
 
 def class_table(inspection: Inspection, classes: Sequence[str]) -> str:
@@ -67,10 +68,14 @@ def class_shares(inspection: Inspection, nclass: int) -> dict[str, np.ndarray]:
     return {name: pixels / max(1, pixels.sum()) for name, pixels in counts.items()}
 
 
-def write_output(folder: Path, report: str, chart: Image.Image | None) -> None:
-    """Write the report and the chart; each replaces an earlier one as a whole. Raises ConfigError."""
-    with replacing(folder / REPORT) as temporary:
-        temporary.write_text(f"{MARK} (scripts.check_data)\n\n{report}", encoding="utf-8")
+def write_output(folder: Path, report: Iterable[str], chart: Image.Image | None) -> None:
+    """Write the report's lines and the chart; each replaces an earlier one as a whole. Raises ConfigError."""
+    with (
+        replacing(folder / REPORT) as temporary,
+        # A folder may hold file names that are not UTF-8.
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.writelines(f"{line}\n" for line in chain([f"{MARK} (scripts.check_data)", ""], report))
     if chart is not None:
         save_picture(chart, folder / CHART)
 
@@ -109,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = chain((resolve_path(path) for path in given if path), read)
         check_targets([output / REPORT, output / CHART], (("input", path) for path in files))
         _make_folder(output)
+    findings = Findings(args.show, output)
     inspection = inspect_lists(
         labeled,
         unlabeled,
@@ -118,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg.crop_size,
         default_workers(1) if args.workers is None else args.workers,
         lambda looks, total: tqdm(looks, "check", total, unit="image", disable=None),
+        findings,
     )
     title = (
         f"{cfg.dataset}: {len(labeled)} labelled, {len(unlabeled)} unlabelled and {len(val)} validation images in "
@@ -125,19 +132,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     title = "\n".join([title, *notes])
     table = class_table(inspection, cfg.classes)
-    verdict = _verdict(inspection, args.strict)
-    print("\n\n".join([title, format_findings(inspection, args.show), table, verdict]))
+    verdict = _verdict(findings, args.strict)
+    text = "\n".join([title, *format_findings(findings, args.show), "", table, "", verdict])
+    print(text.encode("utf-8", "backslashreplace").decode())
     if args.channel_statistics:
         print(_statistics_lines(cfg, data_root, labeled, unlabeled))
     if output:
         shares = class_shares(inspection, cfg.nclass)
         drawn = bool(shares) and has_matplotlib()
-        report = "\n\n".join([title, format_findings(inspection), table, verdict, ""])
+        report = chain([title], format_findings(findings), ["", table, "", verdict])
         write_output(output, report, share_chart(cfg.classes, shares) if drawn else None)
         print(f"all findings are in {output / REPORT}" + (f", the classes in {output / CHART}" if drawn else ""))
         if shares and not drawn:
             print(f"{output / CHART} is not drawn: it needs matplotlib: pip install -r requirements-tools.txt")
-    if inspection.at(ERROR) or (args.strict and inspection.at(WARNING)):
+    if findings.kinds(ERROR) or (args.strict and findings.kinds(WARNING)):
         raise SystemExit(1)
 
 
@@ -160,8 +168,8 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"--output {folder}: cannot be made: {error.strerror or error}") from None
 
 
-def _verdict(inspection: Inspection, strict: bool) -> str:
-    counts = {level: sum(map(len, inspection.at(level).values())) for level in LEVELS}
+def _verdict(findings: Findings, strict: bool) -> str:
+    counts = {level: sum(findings.count(level, kind) for kind in findings.kinds(level)) for level in LEVELS}
     counted = ", ".join(f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items())
     if counts[ERROR]:
         return f"{counted}: training would stop at the first error"

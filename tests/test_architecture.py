@@ -56,6 +56,7 @@ TESTED_BY = {
     "dataset/prepare/archives.py": "prepare_data",
     "dataset/prepare/audit.py": "check_data",
     "dataset/prepare/downloads.py": "prepare_data",
+    "dataset/prepare/findings.py": "check_data",
     "dataset/prepare/jpeg.py": "check_data",
     "dataset/replacement.py": "bad_images",
     "dataset/raster.py": "windows",

@@ -18,6 +18,7 @@ from dataset.files import read_image
 from dataset.lists import Sample, read_list
 from dataset.prepare import audit as inspection
 from dataset.prepare.audit import inspect_lists
+from dataset.prepare.findings import NOTE, Finding, Findings
 from dataset.prepare.jpeg import jpeg_complaint
 from dataset.samples import Samples
 from dataset.source import DataSource
@@ -427,7 +428,9 @@ def test_all_faults_are_listed_not_only_the_first(data, check, tmp_path):
     assert set(shown) == kinds - {"labels of another size than their image"}
     report = (tmp_path / "out/deep/report.txt").read_text(encoding="utf-8")
     assert all(f"{path}: no such image" in report for path in missing)
-    assert "error: missing images (6)" in report and "error: missing images (6)" in output
+    assert report.index("tiny: ") < report.index("error: missing images (6)") < report.index("share of pixels")
+    assert report.endswith("training would stop at the first error\n")
+    assert "error: missing images (6)" in output
 
 
 def test_a_report_is_replaced_as_a_whole_and_leaves_nothing_else(data, check, tmp_path):
@@ -494,6 +497,33 @@ def test_the_check_keeps_few_bytes_of_each_sample(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert peak < 400 * len(samples)
     assert found.pixels["validation"].tolist() == [5000] * 256
+
+
+def test_very_many_findings_take_a_few_bytes_each_and_a_report_has_all_of_them_once(tmp_path, monkeypatch):
+    def look(sample, **_):
+        return inspection.Look([Finding(NOTE, "grey", f"{tmp_path}/images/{sample.image}")], None, None, None)
+
+    monkeypatch.setattr(inspection, "inspect_sample", look)
+    samples = Samples.of(Sample(f"{k}\udce4.jpg", None) for k in range(2000))
+    for findings in (Findings(2), Findings(2, tmp_path)):
+        tracemalloc.start()
+        inspect_lists([], samples, samples, DataSource(tmp_path), ["a"], 32, findings=findings)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 280 * 4000  # with an object for each it is over 400
+        assert findings.count(NOTE, "grey") == 2000
+        assert findings.first(NOTE, "grey") == [f"{tmp_path}/images/{k}\udce4.jpg" for k in range(2)]
+    assert list(findings.messages(NOTE, "grey")) == [f"{tmp_path}/images/{k}\udce4.jpg" for k in range(2000)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_too_full_for_the_findings_is_named(monkeypatch, tmp_path):
+    def refuse(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(DataError, match=f"^{tmp_path}: findings cannot be written to this folder: No space left"):
+        Findings(2, tmp_path).add([Finding(NOTE, "grey", "a.jpg")])
 
 
 def test_what_is_left_out_of_a_folder_of_unlabelled_images_is_counted(data, check):

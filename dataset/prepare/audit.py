@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import signal
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,10 +37,9 @@ from dataset.files import (
 from dataset.handover import check_temporary_folder, starting
 from dataset.lists import Progress, Sample, is_hidden, no_progress, shared_images
 from dataset.prepare.duplicates import UNREAD, copies, repetitions
+from dataset.prepare.findings import ERROR, NOTE, WARNING, Finding, Findings
 from dataset.prepare.jpeg import jpeg_complaint
 from dataset.source import DataSource
-
-ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 
 GREY = "grey images: read as RGB with three equal channels"
 PALETTE = "palette images: read as the colours of their palette"
@@ -60,14 +58,6 @@ COPIES = "byte-identical images under different names"
 HIDDEN = "copies that a program keeps for itself are rarely meant"
 LEAK = "mIoU will say little about new images"
 LEAKED_COPIES = f"training images that are byte-identical to a validation image: {LEAK}"
-
-
-class Finding(NamedTuple):
-    """One line about the data. `level`: training would stop at an "error"; `kind`: the heading it belongs under."""
-
-    level: str
-    kind: str
-    message: str
 
 
 class Look(NamedTuple):
@@ -91,17 +81,13 @@ class Inspection:
     `pixels` and `images` (in how many labels a value occurs) are int64 (256,), keyed by the list's name.
     """
 
-    findings: list[Finding]
+    findings: Findings
     pixels: dict[str, np.ndarray]
     images: dict[str, np.ndarray]
 
     def at(self, level: str) -> dict[str, list[str]]:
-        """{kind: messages} of a level."""
-        grouped = defaultdict(list)
-        for finding in self.findings:
-            if finding.level == level:
-                grouped[finding.kind].append(finding.message)
-        return dict(grouped)
+        """{kind: messages} of a level: those that stayed in memory."""
+        return {kind: self.findings.first(level, kind) for kind in self.findings.kinds(level)}
 
 
 def inspect_lists(
@@ -113,11 +99,14 @@ def inspect_lists(
     crop_size: int,
     workers: int = 1,
     progress: Progress = no_progress,
+    findings: Findings | None = None,
 ) -> Inspection:
     """Open every file of the lists in `workers` processes (1: in this one); `labeled` and `unlabeled` may be empty.
 
-    `progress` wraps the iterator of samples, whose number it gets too. Raises DataError if the source has no root.
+    `progress` wraps the iterator of samples, whose number it gets too. `findings`, an empty one, says what becomes of
+    very many (default: all stay in memory). Raises DataError if the source has no root.
     """
+    findings = findings or Findings()
     root, label_map = Path(source.root), source.label_map
     check_root(root)
     check_temporary_folder()
@@ -127,11 +116,11 @@ def inspect_lists(
         work = functools.partial(inspect_sample, source=source, nclass=len(classes))
         looks = _map(work, itertools.chain.from_iterable(lists.values()), workers)
         looks = iter(progress(looks, sum(map(len, lists.values()))))
-        findings, totals = [], {}
+        totals = {}
         for name, listed in lists.items():
             totals[name] = _Totals(label_map, crop_size)
             for sample, look in zip(listed, looks, strict=False):  # the other lists' looks follow
-                findings += look.findings
+                findings.add(look.findings)
                 totals[name].add(sample, look)
         next(looks, None)  # ends the progress
     pixels, images = {}, {}
@@ -139,24 +128,24 @@ def inspect_lists(
         if not total.labels:
             continue
         if fault := mask_fault(root / total.first, total.labels, total.values, label_map):
-            findings.append(_error(fault))
+            findings.add([_error(fault)])
         if fault := mixed_fault([root / label for label in total.two_ways], total.values):
-            findings.append(_error(fault))
+            findings.add([_error(fault)])
         pixels[name], images[name] = total.pixels, total.images
-        findings += _absent_classes(name, pixels[name], classes)
+        findings.add(_absent_classes(name, pixels[name], classes))
     for name, listed in lists.items():
-        findings += [_repetition(name, path, labels) for path, labels in repetitions(listed, root)]
-    findings += overlaps(labeled, unlabeled, val, root)
+        findings.add(_repetition(name, path, labels) for path, labels in repetitions(listed, root))
+    findings.add(overlaps(labeled, unlabeled, val, root))
     for name, listed in lists.items():
         kind = f"{name} images that are hidden or in a hidden folder: {HIDDEN}"
-        findings += [Finding(WARNING, kind, sample.image) for sample in listed if is_hidden(sample.image)]
-    findings += map(_copy, copies(lists, b"".join(total.digests for total in totals.values()), root))
+        findings.add(Finding(WARNING, kind, sample.image) for sample in listed if is_hidden(sample.image))
+    findings.add(map(_copy, copies(lists, b"".join(total.digests for total in totals.values()), root)))
     trained = totals["labelled"], totals["unlabelled"]
     if small := sum(total.small for total in trained):
         sized = sum(total.sized for total in trained)
         message = f"{small} of {sized} have a side shorter than {crop_size} pixels"
-        findings.append(Finding(NOTE, SMALL, message))
-    return Inspection(list(dict.fromkeys(findings)), pixels, images)
+        findings.add([Finding(NOTE, SMALL, message)])
+    return Inspection(findings, pixels, images)
 
 
 class _Totals:
