@@ -42,7 +42,7 @@ def check_samples(
 
     Returns the first image of 16 bits per channel, of which the upper 8 are used.
 
-    `progress` wraps the iterator over the checked samples, whose number it gets too.
+    `progress` wraps the iterator over the checked samples.
 
     Images: present, a readable header, not truncated. Labels: present, of the image's size, values after `label_map`
     below `nclass` or 255. Images are decoded only where their last bytes look cut off; labels always.
@@ -53,7 +53,8 @@ def check_samples(
     two_ways, first, labels, deep = [], None, 0, None  # nothing that grows with the list
     with ThreadPoolExecutor(threads) as pool:  # reading and Pillow's decoders release the interpreter lock
         checked = bounded_map(pool, lambda sample: check_sample(sample, source, nclass), samples)
-        for sample, (values, shown, upper_bits) in zip(samples, progress(checked, len(samples)), strict=True):
+        checked = progress("checking data", "samples", checked, len(samples))
+        for sample, (values, shown, upper_bits) in zip(samples, checked, strict=True):
             found |= values
             if not two_ways and can_be_read_two_ways(values, shown, nclass, label_map):
                 two_ways = [root / sample.label]

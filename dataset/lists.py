@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import os
 import posixpath
 import re
@@ -27,13 +28,14 @@ HEADINGS = frozenset(
     + ("img_path", "img_name", "img_id", "label_name", "mask_name")
     + ("label", "labels", "label_path", "mask", "masks", "mask_path", "annotation", "annotations", "gt", "target")
 )
-Progress = Callable[[Iterator[Any], int], Iterable[Any]]  # wraps an iterator, whose length it gets too
+# Wraps an iterator; gets what is being done, the unit, and the iterator's length (None: unknown).
+Progress = Callable[[str, str, Iterator[Any], int | None], Iterable[Any]]
 FIRST_BLOCK, BLOCK = 2**16, 2**22  # bytes of a list that are read at once
 # By byte: whether it needs a closer look. White space but for a space and a line feed, what begins a comment, no ASCII.
 _UNUSUAL = np.array([chr(code) not in " \n" and (chr(code) == "#" or not 33 <= code <= 126) for code in range(256)])
 
 
-def no_progress(items: Iterator[Any], total: int) -> Iterator[Any]:
+def no_progress(what: str, unit: str, items: Iterator[Any], total: int | None) -> Iterator[Any]:
     """The Progress that shows none."""
     return items
 
@@ -48,7 +50,7 @@ def read_list(
 
     Columns are separated by white space. A line with a tab in it, were it the line's last character, is split at tabs
     only, so that names may contain spaces. With `labels`, every line must have a label. With `inside`, the data root,
-    no path may leave that folder. `progress` wraps the iterator over the file's blocks, whose number it gets too.
+    no path may leave that folder. `progress` wraps the iterator over the file's blocks.
     Raises DataError for a missing, empty or malformed list.
     """
     return read_entries(path, "required" if labels else "kept", inside, progress)
@@ -57,7 +59,7 @@ def read_list(
 def read_entries(path: str | Path, labels: str, inside: str | Path | None, progress: Progress) -> Samples:
     """The entries of a list file; `labels`: required, kept where there are any, or dropped."""
     reader, writer, number = _LineReader(path, labels, inside), SamplesWriter(), 0
-    for block in progress(_blocks(path), 1 + _file_size(path) // BLOCK):
+    for block in progress(f"reading {path}", "blocks", _blocks(path), 1 + _file_size(path) // BLOCK):
         # The first block is read with care: only there can be a heading.
         records = reader.plain_records(block) if writer.count else None
         if records is not None:
@@ -183,8 +185,8 @@ def find_unlabeled(
     """Unlabelled images: those of a list file, or of a folder under `data_root`, without the labelled ones.
 
     Their labels, listed or not, are dropped here: nothing after this could open one. Unless `allow_outside`, no path
-    may leave `data_root`. `progress` as in `read_list`, `is_prediction` and `left_out` as in `images_in`. Raises
-    DataError.
+    may leave `data_root`. `progress` as in `read_list` and, like `is_prediction` and `left_out`, as in `images_in`.
+    Raises DataError.
     """
     folder = Path(data_root) / source
     if Path(source).is_file():
@@ -192,7 +194,7 @@ def find_unlabeled(
     elif not allow_outside and not is_inside(source, data_root):
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}; {ALLOW_OUTSIDE}")
     elif folder.is_dir():
-        names = images_in(folder, Path(data_root), left_out, suffixes, is_prediction)
+        names = images_in(folder, Path(data_root), left_out, suffixes, is_prediction, progress)
         images = Samples.of(Sample(name, None) for name in names)
     else:
         raise DataError(f"{source}: neither a list file nor a folder under {data_root}")
@@ -215,17 +217,23 @@ def images_in(
     left_out: list[str] | None = None,
     suffixes: Set[str] = IMAGE_SUFFIXES,
     is_prediction: Callable[[Path], bool] = lambda path: False,
+    progress: Progress = no_progress,
 ) -> Iterator[str]:
     """The images in `folder` and the folders in it, sorted, as paths relative to `root`. Raises DataError for none.
 
     Links to folders are followed, but not back into a folder that leads there; what is hidden is left out, and so are
     the files of which `is_prediction`, which is asked of the images in PREDICTION_SUFFIXES. `left_out` gets the paths
-    of all else: hidden folders and images, links that lead back, files of other kinds, predictions.
+    of all else: hidden folders and images, links that lead back, files of other kinds, predictions. `progress` counts
+    the images as they are found, which is before the first one comes.
     """
+    found = iter(progress(f"searching {folder}", "images", itertools.repeat(None), None))
 
     def takes(directory: str, name: str) -> bool:
         may_be = name.lower().endswith(PREDICTION_SUFFIXES)
-        return is_image(name, suffixes) and not (may_be and is_prediction(Path(directory, name)))
+        if not is_image(name, suffixes) or (may_be and is_prediction(Path(directory, name))):
+            return False
+        next(found)
+        return True
 
     leave_out = (lambda path: None) if left_out is None else left_out.append
     above = tuple((status.st_dev, status.st_ino) for status in map(os.stat, Path(os.path.realpath(folder)).parents))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.files import IGNORE_INDEX, limit_image_pixels
 from dataset.lists import Sample, read_list
@@ -29,6 +29,7 @@ from util.errors import ConfigError
 from util.lists import data_source, list_unlabeled
 from util.outputs import MARK, check_targets, replacing, save_picture
 from util.plots import has_matplotlib, share_chart
+from util.screen import show_progress
 from util.visualize import percent
 
 REPORT, CHART = "report.txt", "classes.png"
@@ -103,15 +104,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_image_pixels(cfg.max_image_pixels)
     data_root = resolve_path(cfg.data_root)
     inside = None if cfg.allow_outside_root else data_root
-    labeled = read_list(resolve_path(args.labeled_id_path), inside=inside) if args.labeled_id_path else []
-    val = read_list(resolve_path(cfg.val_id_path), inside=inside)
+    read = partial(read_list, inside=inside, progress=show_progress)
+    labeled = read(resolve_path(args.labeled_id_path)) if args.labeled_id_path else []
+    val = read(resolve_path(cfg.val_id_path))
     notes: list[str] = []
-    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled, notes=notes) or []
+    unlabeled = list_unlabeled(cfg, args.unlabeled_id_path, labeled, show_progress, notes) or []
     output = Path(args.output) if args.output else None
     if output:
         given = (args.config, args.labeled_id_path, args.unlabeled_id_path, cfg.unlabeled_id_path, cfg.val_id_path)
-        read = (data_root / name for sample in chain(labeled, unlabeled, val) for name in sample if name)
-        files = chain((resolve_path(path) for path in given if path), read)
+        images = (data_root / name for sample in chain(labeled, unlabeled, val) for name in sample if name)
+        files = chain((resolve_path(path) for path in given if path), images)
         check_targets([output / REPORT, output / CHART], (("input", path) for path in files))
         _make_folder(output)
     findings = Findings(args.show, output)
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg.classes,
         cfg.crop_size,
         default_workers(1) if args.workers is None else args.workers,
-        lambda looks, total: tqdm(looks, "check", total, unit="image", disable=None),
+        show_progress,
         findings,
     )
     title = (
@@ -152,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _statistics_lines(cfg: Config, data_root: Path, *lists: Sequence[Sample]) -> str:
     """`mean` and `std` as lines for the config."""
     paths = (data_root / sample.image for sample in chain(*lists))
-    bar = tqdm(paths, "channel statistics", sum(map(len, lists)), unit="image", disable=None)
-    found = channel_statistics(bar, cfg.channels, cfg.bands)
+    paths = show_progress("channel statistics", "images", paths, sum(map(len, lists)))
+    found = channel_statistics(paths, cfg.channels, cfg.bands)
     if found is None:
         return "\nno channel statistics: there is no readable training image"
     return "\n" + "\n".join(

@@ -532,6 +532,24 @@ def test_what_is_left_out_of_a_folder_of_unlabelled_images_is_counted(data, chec
     assert "\nnote: other files in images were left out: 1, such as images/notes.txt\n" in output
 
 
+def test_progress_is_shown_of_all_that_may_take_long(data, check, monkeypatch):
+    shown = []
+
+    def progress(what, unit, items, total):
+        shown.append((what, unit, total))
+        return items
+
+    monkeypatch.setattr(check_data, "show_progress", progress)
+    check("--unlabeled-id-path", "images", "--channel-statistics")
+    assert shown == [
+        (f"reading {data.labeled}", "blocks", 1),
+        (f"reading {data.val}", "blocks", 1),
+        (f"searching {data.root / 'images'}", "images", None),
+        ("checking data", "samples", 14),
+        ("channel statistics", "images", 12),
+    ]
+
+
 def die(*_, **__):
     os._exit(9)
 

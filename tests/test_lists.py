@@ -78,10 +78,10 @@ def test_blocks_of_plain_lines_are_read_as_others_are(tmp_path, monkeypatch, siz
         path.write_text("\n".join(lines), encoding="utf-8", newline="")
         for name in ("FIRST_BLOCK", "BLOCK"):
             monkeypatch.setattr(lists, name, 2**20)
-        expected = lists.read_entries(path, labels, tmp_path, lambda blocks, total: blocks)
+        expected = lists.read_entries(path, labels, tmp_path, lists.no_progress)
         monkeypatch.setattr(lists, "FIRST_BLOCK", 1)
         monkeypatch.setattr(lists, "BLOCK", size)
-        assert lists.read_entries(path, labels, tmp_path, lambda blocks, total: blocks) == list(expected)
+        assert lists.read_entries(path, labels, tmp_path, lists.no_progress) == list(expected)
         assert {sample.label for sample in expected} == {None} or labels == "kept"
 
 
@@ -230,6 +230,24 @@ def test_images_of_nested_folders_come_one_by_one_in_the_order_of_their_paths(tm
     assert ["pool/B.jpg", *images] == sorted(f"pool/{name}" for name in names)
 
 
+def test_a_search_counts_the_images_that_it_finds_before_it_gives_the_first(tmp_path):
+    told = []
+
+    def progress(what, unit, items, total):
+        told.append((what, unit, total))
+        for count, item in enumerate(items, 1):
+            told.append(count)
+            yield item
+
+    for name in ("pool/a.jpg", "pool/b.jpg", "pool/c/d.jpg", "pool/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    images = images_in(tmp_path / "pool", tmp_path, progress=progress)
+    assert next(images) == "pool/a.jpg"
+    assert told == [(f"searching {tmp_path / 'pool'}", "images", None), 1, 2]
+    assert len(find_unlabeled("pool", tmp_path, [], progress=progress)) == 3 and told[-1] == 3
+
+
 def test_a_folder_that_cannot_be_read_is_named_not_passed_over(tmp_path, monkeypatch):
     (tmp_path / "images/locked").mkdir(parents=True)
     (tmp_path / "images/a.jpg").write_bytes(b"")
@@ -294,7 +312,7 @@ def test_the_quick_check_keeps_few_results_and_tells_of_its_progress(monkeypatch
     monkeypatch.setattr(check, "check_sample", lambda *_: (next(begun), (set(), None, False))[1])
     totals = []
 
-    def progress(checked, total):
+    def progress(what, unit, checked, total):
         totals.append(total)
         yield next(checked)
         assert next(begun) <= 1100  # of 5000

@@ -29,6 +29,12 @@ def test_progress_is_a_line_after_ten_seconds_and_then_every_minute_where_there_
     assert capsys.readouterr().err == "checking data: 1 of 6 samples\nchecking data: 4 of 6 samples\n"
 
 
+def test_progress_without_a_known_end_says_how_many_there_are_so_far(monkeypatch, capsys):
+    monkeypatch.setattr(screen.time, "monotonic", iter(range(0, 1000, 25)).__next__)
+    assert list(show_progress("searching pool", "images", iter("ab"), None)) == ["a", "b"]
+    assert capsys.readouterr().err == "searching pool: 1 images so far\n"
+
+
 class Broken(io.StringIO):
     def write(self, text):
         raise BrokenPipeError

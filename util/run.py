@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -172,8 +171,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         check_handover(loader_options(cfg, device).workers)
         save_path, lists, found = Path(args.save_path), None, Found(None)
         if processes.is_main:  # it reads and checks for all
-            reading = partial(show_progress, "reading lists", "blocks")
-            lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, reading, notes)
+            lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, show_progress, notes)
             unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
             check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
             check_loggers(cfg.logger)
@@ -260,7 +258,7 @@ def _check_start(cfg: Config, found: Found) -> list[str]:
 def _check_data(cfg: Config, lists: Lists) -> list[str]:
     """Check every listed file, if the config says so. Raises DataError; returns notes and warnings for the log."""
     listed = (lists.labeled, lists.unlabeled or [], lists.val)
-    notes = check_listed(cfg, listed, partial(show_progress, "checking data", "samples"))
+    notes = check_listed(cfg, listed, show_progress)
     return [*notes, *(describe_doubts(lists, resolve_path(cfg.data_root)) if cfg.check_data else ())]
 
 

@@ -62,8 +62,11 @@ def steady_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def show_progress(what: str, unit: str, items: Iterator[Any], total: int) -> Iterator[Any]:
-    """The items; meanwhile a bar on a terminal, else a line after 10 s and then every minute."""
+def show_progress(what: str, unit: str, items: Iterator[Any], total: int | None) -> Iterator[Any]:
+    """The items; meanwhile a bar on a terminal, else a line after 10 s and then every minute.
+
+    `total`: how many there are, if that is known.
+    """
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=what, unit=unit, delay=3, leave=False, dynamic_ncols=True)
         return
@@ -71,5 +74,6 @@ def show_progress(what: str, unit: str, items: Iterator[Any], total: int) -> Ite
     for number, item in enumerate(items, 1):
         if (now := time.monotonic()) >= due:
             due = now + 60
-            print(f"{what}: {number} of {total} {unit}", file=sys.stderr, flush=True)
+            count = f"{number} {unit} so far" if total is None else f"{number} of {total} {unit}"
+            print(f"{what}: {count}", file=sys.stderr, flush=True)
         yield item

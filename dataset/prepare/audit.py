@@ -103,7 +103,7 @@ def inspect_lists(
 ) -> Inspection:
     """Open every file of the lists in `workers` processes (1: in this one); `labeled` and `unlabeled` may be empty.
 
-    `progress` wraps the iterator of samples, whose number it gets too. `findings`, an empty one, says what becomes of
+    `progress` wraps the iterator of samples. `findings`, an empty one, says what becomes of
     very many (default: all stay in memory). Raises DataError if the source has no root.
     """
     findings = findings or Findings()
@@ -115,7 +115,7 @@ def inspect_lists(
         warnings.simplefilter("ignore")  # Pillow's, about the same faults in other words
         work = functools.partial(inspect_sample, source=source, nclass=len(classes))
         looks = _map(work, itertools.chain.from_iterable(lists.values()), workers)
-        looks = iter(progress(looks, sum(map(len, lists.values()))))
+        looks = iter(progress("checking data", "samples", looks, sum(map(len, lists.values()))))
         totals = {}
         for name, listed in lists.items():
             totals[name] = _Totals(label_map, crop_size)
