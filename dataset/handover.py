@@ -19,6 +19,7 @@ from dataset.errors import DataError, one_line
 SHARED_MEMORY = Path("/dev/shm")
 SECONDS = 1800  # without a batch, after which the loading processes have failed
 CHECK = 30  # seconds between two looks at whether they live; torch looks after each time-out only
+PINNING_ENDED = "the thread that takes their batches and pins them ended with the error above"
 WAY_OUT = (
     "lower workers or prefetch, give a container more shared memory by --shm-size, raise the limit on open files "
     "(ulimit -n), set TMPDIR to a folder with a short path that can be written to, or set workers: 0"
@@ -38,7 +39,10 @@ class HandingLoader(DataLoader):
             except DataError:
                 raise
             except (RuntimeError, OSError, EOFError) as error:
-                if "DataLoader timed out" in str(error) and waited + self.timeout < SECONDS:
+                timed_out = "DataLoader timed out" in str(error)
+                if timed_out and _pinning_ended(batches):
+                    raise DataError(f"loading processes: {PINNING_ENDED}; {WAY_OUT}") from None
+                if timed_out and waited + self.timeout < SECONDS:
                     waited += self.timeout  # they all live; the next call goes on waiting for the same batch
                     if not said:
                         line = f"note: no batch came for {waited:g} s: still waiting for the loading processes"
@@ -58,6 +62,12 @@ class HandingLoader(DataLoader):
             return super().__iter__()
         except OSError as error:
             raise (_no_start(error) if self.num_workers else error) from None
+
+
+def _pinning_ended(batches: Iterator[Any]) -> bool:
+    """Whether torch's thread that pins the batches is gone, at which torch looks only if there is no time-out."""
+    thread = getattr(batches, "_pin_memory_thread", None)
+    return thread is not None and not thread.is_alive()
 
 
 def check_handover(workers: int) -> None:

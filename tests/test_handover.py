@@ -4,11 +4,12 @@ import errno
 import multiprocessing
 import pickle
 import signal
+import threading
 import time
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dataset import DataError
 from dataset.handover import handover_fault
@@ -77,6 +78,22 @@ def test_slow_loading_processes_that_live_are_waited_for_up_to_the_limit(monkeyp
     monkeypatch.setattr("dataset.handover.SECONDS", 2)
     with pytest.raises(DataError, match=r"none gave a batch for 2 s"):
         next(iter(LoaderOptions(1).build(SlowBatches(), collate_fn=same)))
+
+
+def test_a_pinning_thread_that_has_ended_is_noticed_at_the_next_time_out(monkeypatch, capsys):
+    def start(loader):
+        batches = begin(loader)
+        batches._pin_memory_thread = thread = threading.Thread()
+        batches._pin_memory_thread_done_event = threading.Event()
+        thread.start()
+        return batches
+
+    begin = DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", start)
+    monkeypatch.setattr("dataset.loader.CHECK", 0.1)
+    with pytest.raises(DataError, match=r"^loading processes: the thread that .* pins them ended .*; lower workers"):
+        next(iter(LoaderOptions(1).build(Batches(lambda: time.sleep(1)), collate_fn=same)))
+    assert "still waiting" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
