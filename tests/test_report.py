@@ -120,6 +120,18 @@ def test_folders_of_runs_are_searched_and_each_run_counts_once(seeds, data):
     ]
 
 
+def test_the_config_of_another_tool_is_no_run(seeds):
+    for place in ("supervised/wandb/run-1/files", "wandb/run-2/files", "unimatch/.hydra"):
+        (seeds / place).mkdir(parents=True)
+        (seeds / place / "config.yaml").write_text("wandb_version: 1\n")
+    assert [run.path.name for run in find_runs([str(seeds)])] == ["supervised", "seed0", "seed1"]
+
+
+def test_a_folder_may_be_called_as_earlier_results_are(seeds):
+    folder = seeds.rename(seeds.with_name("previous-work"))
+    assert len(find_runs([str(folder)])) == 3
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_group(seeds, data):
     make_save_path(data, seeds / "slow", lr=0.5)
     groups = {group.name: group for group in group_runs(find_runs([str(seeds)]))}

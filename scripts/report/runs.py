@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -122,16 +123,27 @@ def find_runs(folders: Iterable[str]) -> list[RunRecord]:
         path = Path(folder)
         if not path.is_dir():
             raise ConfigError(f"{folder}: {'no folder' if path.exists() else 'no such folder'}: give a run's save path")
-        if (path / CONFIG_FILE).is_file():
-            paths = [path]
-        else:
-            paths = sorted(file.parent for file in path.rglob(CONFIG_FILE))
-            paths = [inner for inner in paths if not any(part.startswith("previous-") for part in inner.parts)]
+        paths = list(_save_paths(path))
         if not paths:
             raise ConfigError(f"{folder}: no run: no {CONFIG_FILE} in it or below")
         for inner in paths:
             found.setdefault(inner.resolve(), inner)
     return [read_run(path) for path in found.values()]
+
+
+def _save_paths(folder: Path) -> Iterator[Path]:
+    """The save paths in `folder`, itself included, in order.
+
+    None is looked for inside another one, which may hold earlier results and loggers' files, or in other tools'
+    folders: their `config.yaml` is none of ours.
+    """
+    for place, inner, _ in os.walk(folder):
+        if Path(place, CONFIG_FILE).is_file():
+            inner.clear()
+            yield Path(place)
+        inner[:] = sorted(
+            name for name in inner if not name.startswith(("previous-", ".")) and name not in ("wandb", "mlruns")
+        )
 
 
 def read_run(path: Path) -> RunRecord:
