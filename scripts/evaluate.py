@@ -28,7 +28,6 @@ from util.lists import check_listed, data_source
 from util.metrics import iou_table
 from util.outputs import check_targets
 from util.plots import require_matplotlib
-from util.precision import check_precision
 from util.run import loader_options
 from util.trained import (
     add_colors_argument,
@@ -64,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_matplotlib("--out")
 
     trained = open_trained(args)
-    cfg = trained.cfg
     processes = find_processes(args.port)
-    device = choose_device(cfg.device, processes)
-    check_precision(cfg, device)
+    device = choose_device(trained.cfg.device, processes)
+    trained = trained.on(device, args)
+    cfg = trained.cfg
     limit_image_pixels(cfg.max_image_pixels)
     data_root = resolve_path(cfg.data_root)
     samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)

@@ -231,8 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint:
         model_parser = argparse.ArgumentParser()
         add_model_arguments(model_parser)
-        trained = open_trained(model_parser.parse_args(["--checkpoint", args.checkpoint]))
-        model = trained.ready(trained.build(), torch.device("cpu"))
+        model_args, device = model_parser.parse_args(["--checkpoint", args.checkpoint]), torch.device("cpu")
+        trained = open_trained(model_args).on(device, model_args)
+        model = trained.ready(trained.build(), device)
         figures["views.png"] = views_figure(plt, trained.cfg, model)
         figures["toy.png"] = predictions_figure(plt, trained.cfg, model)
     if args.runs:

@@ -30,7 +30,6 @@ from util.distributed.launch import choose_device, process_alone
 from util.errors import ConfigError, error_line
 from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, is_own, read_mark, save_picture
 from util.plots import contact_sheet, require_matplotlib
-from util.precision import check_precision
 from util.prediction import KINDS, Options, Predictor, Preview, overlay, source_id, targets_of
 from util.trained import (
     add_colors_argument,
@@ -48,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     _check(args)
     trained = open_trained(args)
+    device = choose_device(trained.cfg.device, process_alone("predict"))
+    trained = trained.on(device, args)
     cfg = trained.cfg
     limit_image_pixels(cfg.max_image_pixels)
-    device = choose_device(cfg.device, process_alone("predict"))
-    check_precision(cfg, device)
     sources = [*args.inputs, *([args.images] if args.images else [])]
     found = find_pictures(
         [source if Path(source).exists() else resolve_path(source) for source in sources],

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from model import build_model
+from scripts import evaluate, predict
 from tests.helpers import make_dataset
 from util.config import load_config, to_dict
 from util.errors import ConfigError
@@ -30,11 +31,20 @@ def checkpoint(data, tmp_path_factory):
     return path
 
 
-def _open(checkpoint, *argv, config=None):
+def _parse(checkpoint, *argv, config=None):
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
     argv = [*argv, *(["--config", str(config)] if config else [])]
-    return open_trained(parser.parse_args(["--checkpoint", str(checkpoint), *argv]))
+    return parser.parse_args(["--checkpoint", str(checkpoint), *argv])
+
+
+def _open(checkpoint, *argv, config=None):
+    return open_trained(_parse(checkpoint, *argv, config=config))
+
+
+def _open_on_cpu(*argv, config=None):
+    args = _parse(*argv, config=config)
+    return open_trained(args).on(torch.device("cpu"), args)
 
 
 def _config(data, tmp_path, **changes):
@@ -51,6 +61,42 @@ def test_without_a_config_the_checkpoints_is_used_but_for_the_machine_it_ran_on(
     assert trained.notes == ()
     assert trained.sha256() == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert _open(checkpoint, "--set", "device=cpu").cfg.device == "cpu"
+
+
+@pytest.mark.parametrize("key", ["cuda_graphs", "compile"])
+def test_ways_of_training_that_no_tool_uses_ask_nothing_of_the_machine(data, tmp_path, monkeypatch, key):
+    monkeypatch.setattr("util.precision.shutil.which", lambda _: None)  # no compiler
+    config = to_dict(load_config(data.config, {key: True}))
+    torch.save({"model": {}, "config": config}, tmp_path / "own.pth")
+    torch.save({"model": {}}, tmp_path / "published.pth")
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(config))
+    for trained in (
+        _open_on_cpu(tmp_path / "own.pth"),
+        _open_on_cpu(tmp_path / "published.pth", config=tmp_path / "given.yaml"),
+    ):
+        assert getattr(trained.cfg, key) is False and trained.notes == ()
+
+
+@pytest.mark.parametrize("tool", [evaluate, predict])
+def test_on_a_cpu_a_checkpoint_trained_in_fp16_is_used_in_float32_with_a_note(data, tmp_path, tool, capsys):
+    cfg = load_config(data.config, {"amp": "fp16", "cuda_graphs": True})
+    torch.save({"model": build_model(cfg).state_dict(), "config": to_dict(cfg)}, tmp_path / "c.pth")
+    argv = ["--checkpoint", str(tmp_path / "c.pth"), "--set", "device=cpu", "workers=0"]
+    if tool is predict:
+        argv = [str(data.root / "images"), "--out", str(tmp_path / "out"), *argv]
+    tool.main(argv)
+    note = "note: amp: fp16 needs a GPU: computed in float32 (amp: none) here"
+    assert capsys.readouterr().out.splitlines().count(note) == 1
+
+
+def test_fp16_that_the_command_line_asks_for_is_refused_on_a_cpu_and_kept_on_a_gpu(data, tmp_path):
+    config = to_dict(load_config(data.config, {"amp": "fp16"}))
+    torch.save({"model": {}, "config": config}, tmp_path / "c.pth")
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        _open_on_cpu(tmp_path / "c.pth", "--set", "amp=fp16")
+    args = _parse(tmp_path / "c.pth")
+    trained = open_trained(args).on(torch.device("cuda"), args)
+    assert (trained.cfg.amp, trained.notes) == ("fp16", ())
 
 
 def test_the_same_config_is_used_without_a_word(data, checkpoint, tmp_path):

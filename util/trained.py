@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from util.cli import add_common_arguments
 from util.config import Config, config_from, load_config, resolve_path
 from util.errors import ConfigError
 from util.palette import colorblind_palette
-from util.precision import evaluation_copy, set_precision
+from util.precision import check_precision, evaluation_copy, set_precision
 
 # With other values of these keys than in training, the same weights give other logits, if they fit at all.
 MODEL_KEYS = (
@@ -35,7 +35,7 @@ MODEL_KEYS = (
 # Other keys that a tool's result depends on. A line says where their value is not the one of training.
 RESULT_KEYS = ("eval_mode", "crop_size", "label_map", "label_colors")
 # Of the machine that trained. A checkpoint's config is used without them.
-MACHINE_KEYS = ("device", "workers", "prefetch", "persistent_workers", "pin_memory", "compile")
+MACHINE_KEYS = ("device", "workers", "prefetch", "persistent_workers", "pin_memory", "compile", "cuda_graphs")
 MACHINE_KEYS += ("cache", "cache_gb", "cache_dir")
 
 
@@ -48,6 +48,19 @@ class Trained:
     checkpoint: Any
     weights: str
     notes: tuple[str, ...]
+
+    def on(self, device: torch.device, args: argparse.Namespace) -> Trained:
+        """The same for `device`: float32 where it cannot compute in fp16, unless `--set` asks for that.
+
+        Raises ConfigError where the device or this machine cannot compute as the config says.
+        """
+        # An evaluation compiles nothing and records no CUDA graph.
+        cfg, notes = replace(self.cfg, compile=False, cuda_graphs=False), self.notes
+        if cfg.amp == "fp16" and device.type != "cuda" and "amp" not in _asked(args):
+            cfg = replace(cfg, amp="none")
+            notes += ("note: amp: fp16 needs a GPU: computed in float32 (amp: none) here",)
+        check_precision(cfg, device)
+        return replace(self, cfg=cfg, notes=notes)
 
     def build(self) -> nn.Module:
         """The network with the checkpoint's weights, on the CPU. Raises WeightsError if they are of another one."""
@@ -173,8 +186,7 @@ def _compare(own: Config, cfg: Config, args: argparse.Namespace) -> list[str]:
     A difference that changes the model is refused in a config file, where it is a mistake, and warned of where `--set`
     asks for it.
     """
-    asked = {text.partition("=")[0].strip().split(".")[0] for text in args.overrides}
-    notes = []
+    asked, notes = _asked(args), []
     for key in MODEL_KEYS:
         before, now = getattr(own, key, None), getattr(cfg, key, None)
         if before == now:
@@ -197,6 +209,11 @@ def _compare(own: Config, cfg: Config, args: argparse.Namespace) -> list[str]:
         if before != now:
             notes.append(f"note: {key} is {_shown(now)}, in training it was {_shown(before)}")
     return notes
+
+
+def _asked(args: argparse.Namespace) -> set[str]:
+    """The keys that `--set` names."""
+    return {text.partition("=")[0].strip().split(".")[0] for text in args.overrides}
 
 
 def _choose_weights(checkpoint: Any, args: argparse.Namespace) -> str:

@@ -86,7 +86,8 @@ def _predict(run: RunRecord, images: Sequence[torch.Tensor]) -> list[np.ndarray]
     if run.checkpoint is None:
         raise USER_ERRORS[0]("no checkpoint")
     args = argparse.Namespace(checkpoint=str(run.checkpoint), config=None, overrides=[], weights=None)
-    trained, device = open_trained(args), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = open_trained(args).on(device, args)
     model = trained.ready(trained.build(), device)
     cfg = trained.cfg
     with torch.inference_mode():
