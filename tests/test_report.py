@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from model import build_model
 from scripts.report.__main__ import main
 from scripts.report.charts import POINTS, Series, class_chart, curve_chart, thinned
 from scripts.report.page import page
-from scripts.report.pictures import Gallery
+from scripts.report.pictures import Gallery, make_gallery
 from scripts.report.published import TABLES, published_miou
 from scripts.report.runs import RunRecord, find_runs, group_runs, mean_and_spread, published_splits, read_run
 from tests.helpers import PROJECT_ROOT, make_dataset
@@ -269,6 +270,35 @@ def test_pictures_show_every_run_and_say_who_has_none(data, tmp_path, no_charts)
     assert sum(link.startswith("data:image/png") for link in seen.links) == 4, "two truths, two predictions"
     assert "images/val0.jpg" in seen.text and "images/val1.jpg" in seen.text
     assert "Without pictures: fixmatch (" in seen.text
+
+
+@pytest.mark.parametrize("bands", [{"channels": 4, "mean": 4 * [0.5], "std": 4 * [0.2]}, {"value_range": [0, 50]}])
+def test_each_run_predicts_the_images_as_its_own_config_reads_them(tmp_path, bands):
+    data, runs = make_dataset(tmp_path / "data"), []
+    if "channels" in bands:
+        for path in (data.root / "images").glob("val*.jpg"):
+            Image.open(path).convert("RGBA").save(path.with_suffix(".png"))
+        data.val.write_text(data.val.read_text().replace(".jpg", ".png"))
+    for name, changes in (("rgb", {}), ("bands", bands)):
+        cfg = load_config(data.config, changes)
+        torch.manual_seed(0)
+        model = build_model(cfg, pretrained=False).eval()
+        with torch.no_grad():  # so that the predictions hold several classes
+            model.classifier.weight *= 30
+            model.classifier.bias -= model(torch.randn(2, cfg.channels, 32, 40)).mean((0, 2, 3))
+        runs.append(read_run(make_save_path(data, tmp_path / name, weights=model.state_dict(), **changes)))
+    both = make_gallery(runs, 2, "dataset")
+    assert both.missing == {}
+    for run in runs:
+        alone = make_gallery([run], 2, "dataset")
+        assert [row.predictions[run.path] for row in both.rows] == [row.predictions[run.path] for row in alone.rows]
+
+
+def test_runs_on_labels_that_are_read_otherwise_are_not_compared(data, tmp_path, no_charts):
+    for name, changes in (("plain", {}), ("mapped", {"label_map": {2: 1}})):
+        make_save_path(data, tmp_path / "exp" / name, **changes)
+    main([str(tmp_path / "exp"), "--out", str(tmp_path / "r.html"), "--images", "0"])
+    assert (tmp_path / "r.html").read_text().count("<h2>tiny") == 2
 
 
 def test_where_the_data_is_gone_the_page_says_so(data, tmp_path, no_charts):

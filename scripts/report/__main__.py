@@ -63,7 +63,9 @@ def _by_data(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """The runs by what their scores are measured on."""
     found: dict[object, list[RunRecord]] = {}
     for run in runs:
-        key = (run.cfg.dataset, run.cfg.classes, run.lists.get("validation list", run.cfg.val_id_path))
+        cfg = run.cfg
+        truth = (str(cfg.label_map), str(cfg.color_values))
+        key = (cfg.dataset, cfg.classes, run.lists.get("validation list", cfg.val_id_path), truth)
         found.setdefault(key, []).append(run)
     return list(found.values())
 

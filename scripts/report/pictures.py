@@ -18,10 +18,11 @@ from dataset.lists import Sample, read_list
 from dataset.source import DataSource
 from dataset.transform import normalize, to_tensor
 from scripts.report.runs import RunRecord
-from util.config import resolve_path
+from util.config import Config, resolve_path
 from util.errors import USER_ERRORS, error_line
 from util.evaluate import center_crop, predict
 from util.lists import data_source, spread
+from util.run_files import CONFIG_FILE
 from util.trained import chosen_palette, open_trained
 from util.visualize import colorize
 
@@ -48,14 +49,17 @@ class Gallery:
 
 
 def make_gallery(runs: Sequence[RunRecord], count: int, colors: str) -> Gallery:
-    """`count` images of the first run's validation list, evenly spaced, predicted by each run's best checkpoint."""
+    """`count` images of the first run's validation list, evenly spaced, predicted by each run's best checkpoint.
+
+    Input and truth are shown as the first run reads them; each run predicts what it reads itself.
+    """
     cfg = runs[0].cfg
     palette = chosen_palette(cfg, colors)
     gallery, seen = Gallery([], {}, []), set()
     try:
         limit_image_pixels(cfg.max_image_pixels)
         source, samples = data_source(cfg), spread(read_list(resolve_path(cfg.val_id_path)), count)
-        pairs = [_load(source, sample, cfg.eval_mode, cfg.crop_size) for sample in samples]
+        pairs = [_load(source, sample, cfg) for sample in samples]
     except USER_ERRORS as error:
         gallery.missing = {run.path: error_line(error) for run in runs}
         return gallery
@@ -65,7 +69,7 @@ def make_gallery(runs: Sequence[RunRecord], count: int, colors: str) -> Gallery:
         gallery.rows.append(Row(sample.image, _uri(_picture(image[list(cfg.rgb_channels)]), "JPEG"), truth))
     for run in runs:
         try:
-            predictions = _predict(run, [image for image, _ in pairs])
+            predictions = _predict(run, samples, cfg)
         except USER_ERRORS as error:
             gallery.missing[run.path] = error_line(error)
             continue
@@ -76,22 +80,29 @@ def make_gallery(runs: Sequence[RunRecord], count: int, colors: str) -> Gallery:
     return gallery
 
 
-def _load(source: DataSource, sample: Sample, mode: str, crop_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _load(source: DataSource, sample: Sample, shown: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """An 8-bit image (C, H, W) and its label (H, W); of them the part that an evaluation by `shown` sees."""
     image, label = map(to_tensor, source.load(sample))
-    return (center_crop(image, crop_size), center_crop(label, crop_size)) if mode == "center_crop" else (image, label)
+    if shown.eval_mode == "center_crop":
+        return center_crop(image, shown.crop_size), center_crop(label, shown.crop_size)
+    return image, label
 
 
-def _predict(run: RunRecord, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """Classes uint8 (H, W) of 8-bit images (C, H, W). Raises one of USER_ERRORS."""
+def _predict(run: RunRecord, samples: Sequence[Sample], shown: Config) -> list[np.ndarray]:
+    """Classes uint8 (H, W) of these images, read as this run's config says. Raises one of USER_ERRORS."""
     if run.checkpoint is None:
         raise USER_ERRORS[0]("no checkpoint")
-    args = argparse.Namespace(checkpoint=str(run.checkpoint), config=None, overrides=[], weights=None)
+    config = str(run.path / CONFIG_FILE)
+    args = argparse.Namespace(checkpoint=str(run.checkpoint), config=config, overrides=[], weights=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = open_trained(args).on(device, args)
     model = trained.ready(trained.build(), device)
     cfg = trained.cfg
+    limit_image_pixels(cfg.max_image_pixels)
+    source = data_source(cfg)
     with torch.inference_mode():
-        seen = (normalize(image[None].to(device), cfg.normalization) for image in images)
+        images = (_load(source, sample, shown)[0][None].to(device) for sample in samples)
+        seen = (normalize(image, cfg.normalization) for image in images)
         return [predict(model, image, cfg.eval_mode, cfg.crop_size)[0].byte().cpu().numpy() for image in seen]
 
 
