@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import PROJECT_ROOT, run_script
 from util.checkpoint import (
@@ -25,6 +26,7 @@ from util.checkpoint import (
 from util.config import Config, to_dict
 from util.errors import CheckpointError, Interrupted
 from util.resume import find_checkpoint
+from util.schedule import build_optimizer
 from util.signals import outside_training
 
 
@@ -439,3 +441,22 @@ def test_a_state_that_is_not_adamws_is_refused(tmp_path, broken):
     state["state"][0] = {**state["state"][0], **broken}
     with pytest.raises(CheckpointError, match="its optimizer is not the state of this model's"):
         load_optimizer(optimizer, state, tmp_path / "latest.pth")
+
+
+@pytest.mark.parametrize(("saved_on", "device"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_adamws_count_of_steps_lies_where_the_kernel_that_goes_on_needs_it(tmp_path, saved_on, device):
+    """A GPU has the fused kernel, which takes all of it on the GPU. Tensors without values need none."""
+
+    def optimizer(device: str) -> torch.optim.Optimizer:
+        with torch.device(device):
+            return build_optimizer(torch.nn.Linear(3, 2), 0.1, 1, "adamw")
+
+    with FakeTensorMode():
+        first, second = optimizer(saved_on), optimizer(device)
+        for parameter in first.param_groups[1]["params"]:
+            first.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            first.state[parameter]["step"] = torch.ones((), device=saved_on)
+        load_optimizer(second, first.state_dict(), tmp_path / "latest.pth")
+    assert len(second.state) == 2 and second.param_groups[1]["fused"] is (True if device == "cuda" else None)
+    for values in second.state.values():
+        assert {(value.device.type, value.dtype) for value in values.values()} == {(device, torch.float32)}

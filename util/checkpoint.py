@@ -140,6 +140,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
                 values[name] = torch.empty_like(parameter).copy_(momentum).detach_()
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # with scale_lr and another number of processes, base_lr is not the saved one
+        for values in (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state):
+            if "step" in values:
+                values["step"] = _placed(values, group["fused"])
+
+
+def _placed(values: Mapping[str, torch.Tensor], fused: bool | None) -> torch.Tensor:
+    """AdamW's count of steps where its kernel needs it: the fused one beside the momenta, the others on the CPU.
+
+    torch places it for the kernel that saved it: checkpoints of a CPU, and the release's, then fail on a GPU.
+    """
+    return values["step"].to(values["exp_avg"].device, torch.float32) if fused else values["step"].cpu()
 
 
 def _fits(parameter: torch.Tensor, values: Mapping[str, Any], names: Sequence[str]) -> bool:
