@@ -36,8 +36,9 @@ def _statistics_kept(part: nn.Module) -> Iterator[None]:
     norms = [module for module in part.modules() if isinstance(module, _BatchNorm)]
     before = [(module.momentum, module.num_batches_tracked) for module in norms]
     for module in norms:
-        # Not track_running_stats: another number of tensors would be saved than before.
-        module.momentum, module.num_batches_tracked = 0.0, None
+        # Not track_running_stats: another number of tensors would be saved than before. The batch is counted in a copy,
+        # since torch's SyncBatchNorm refuses to train without a count.
+        module.momentum, module.num_batches_tracked = 0.0, module.num_batches_tracked.clone()
     try:
         yield
     finally:

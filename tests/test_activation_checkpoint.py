@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.activation_checkpoint import run
 from tests.helpers import make_model, reference_batch
 from unimatch import unimatch_step
+from util.distributed.batchnorm import SyncBatchNormCPU
 from util.distributed.ddp import distribute
 from util.losses import CrossEntropy
 
@@ -85,6 +87,19 @@ def test_running_statistics_are_kept_again_after_the_backward_pass_and_after_a_f
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     model(torch.randn(2, 3, 33, 33)).sum().backward()
     assert {int(value) for name, value in model.named_buffers() if "num_batches" in name} == {2}
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNormCPU])
+def test_every_kind_of_batch_norm_sees_a_batch_once(kind):
+    """Those of several processes compute outside a process group too, torch's own also on the CPU."""
+    results = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        part = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4), nn.ReLU())
+        run(part, torch.randn(2, 3, 9, 9), again=again).square().sum().backward()
+        results.append({f"gradient of {name}": p.grad for name, p in part.named_parameters()} | part.state_dict())
+    _assert_same(*results)
+    assert results[0]["1.num_batches_tracked"] == 1
 
 
 @pytest.mark.slow

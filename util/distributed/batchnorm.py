@@ -43,8 +43,7 @@ class SyncBatchNormCPU(nn.BatchNorm2d):
         # Summed after centring: sums of raw squares would cancel in float32.
         var = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
-            if self.num_batches_tracked is not None:  # None while activations are computed again
-                self.num_batches_tracked += 1
+            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
