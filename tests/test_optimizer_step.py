@@ -49,6 +49,29 @@ def test_steps_that_the_scaler_leaves_out_change_nothing_and_are_counted(tmp_pat
     assert step.state_dict()["scaler"]["scale"] == scale / 4
 
 
+@pytest.mark.parametrize("factors", [(1.0, 2.0), (float("inf"), 1.0, 2.0)])
+def test_with_fp16_the_first_steps_are_those_without_it_also_where_the_scaler_leaves_one_out(
+    tmp_path, monkeypatch, factors
+):
+    """Memory that is not filled holds what is no number here."""
+    allocate = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: allocate(*args, **options).fill_(torch.nan))
+    results = []
+    for amp in ("fp16", "none"):
+        torch.manual_seed(0)
+        step, model, _ = _step(tmp_path, amp)
+        step.optimizer.param_groups[0]["weight_decay"] = 0.01
+        for factor in factors:
+            if amp == "fp16" or factor != float("inf"):
+                step.run([torch.tensor(factor)])
+        results.append([model.weight.detach(), step.optimizer.state_dict()["state"]])
+    assert_same(*results)
+
+
+def test_without_fp16_sgd_makes_its_momenta_itself(tmp_path):
+    assert not _step(tmp_path, "none")[0].optimizer.state
+
+
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_steps_that_the_scaler_leaves_out_leave_the_teacher_alone(tmp_path, on_nonfinite):
     step, model, _ = _step(tmp_path, "fp16", on_nonfinite, teacher=True)

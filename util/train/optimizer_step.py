@@ -48,6 +48,7 @@ class OptimizerStep:
         self._left_out: list[torch.Tensor] = []  # one flag per step since the last report
         if self._scaler.is_enabled():
             optimizer.register_step_pre_hook(self._note_left_out)
+            _start_momenta(optimizer)
         self._guard = None
         if run.cfg.on_nonfinite == "skip":
             check_gradients = not self._scaler.is_enabled()
@@ -126,3 +127,14 @@ class OptimizerStep:
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self._left_out.append(found.detach().clone())
+
+
+def _start_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros as SGD's momenta before the first step, from which it makes what it would make without any.
+
+    By itself torch allocates them in the first step. Where the scaler leaves that one out, which is common as its scale
+    starts high, the fused kernel does not fill them, and the next step would go on from whatever the memory holds.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
