@@ -5,6 +5,7 @@ Processes are forked from a server that has torch imported already, meet over gl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -665,3 +666,22 @@ def test_a_missing_gpu_is_named(monkeypatch):
     for wanted in ("auto", "cuda"):
         with pytest.raises(ConfigError, match="process 3 on this machine has no GPU: there are 2"):
             choose_device(wanted, Processes(6, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("variables", "fits"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_GPUS_ON_NODE": "2"}, True),  # srun --gpus-per-task=1
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_GPUS_ON_NODE": "1"}, False),  # srun --gres=gpu:1
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS_PER_TASK": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, False),  # a partition that declares no GPUs
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_ON_NODE": "2", "RANK": "1", "WORLD_SIZE": "2"}, False),  # torchrun
+    ],
+)
+def test_the_one_gpu_that_a_task_sees_is_its_own_where_srun_has_one_for_each(environment, monkeypatch, variables, fits):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    environment.update(variables)
+    assert choose_device("cuda", Processes(0, 2, 0)) == torch.device("cuda:0")
+    refused = pytest.raises(ConfigError, match="process 2 on this machine has no GPU: there are 1")
+    with contextlib.nullcontext() if fits else refused:
+        assert choose_device("cuda", Processes(1, 2, 1)) == torch.device("cuda:0")

@@ -173,3 +173,20 @@ def test_in_a_shell_that_srun_opened_the_script_trains_on_what_that_has(slurm, d
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     assert load_checkpoint(tmp_path)["iteration"] == 4
+
+
+@pytest.mark.parametrize(("option", "second"), [("--gpus-per-task=1", "cuda:0"), ("--gres=gpu:1", "refused")])
+def test_a_task_that_sees_one_gpu_takes_it_if_srun_has_one_for_each(slurm, option, second):
+    """torch finds none of these pretended GPUs."""
+    code = """if True:
+        import torch
+        from util.distributed.launch import choose_device, find_processes
+        from util.errors import ConfigError
+        torch.cuda.device_count = lambda: 1
+        try:
+            print(choose_device("cuda", find_processes(29500)))
+        except ConfigError as error:
+            print("refused" if "process 2 on this machine has no GPU" in str(error) else error)
+    """
+    words = ("--partition=gpu", "--nodes=1", "--ntasks=2", "--label", option)
+    assert sorted(slurm.run("srun", *words, sys.executable, "-c", code).splitlines()) == ["0: cuda:0", f"1: {second}"]

@@ -102,12 +102,25 @@ def choose_device(wanted: str, processes: Processes) -> torch.device:
         raise ConfigError(
             "device: cuda was asked for, but torch finds no GPU (use --set device=cpu, or check the driver)"
         )
+    if count == 1 and processes.local_rank < _gpus_of_srun():
+        return torch.device("cuda", 0)
     if processes.local_rank >= count:
         raise ConfigError(
             f"process {processes.local_rank + 1} on this machine has no GPU: there are {count} "
             f"(start fewer processes, or use --set device=cpu; {LEFT_OVER})"
         )
     return torch.device("cuda", processes.local_rank)
+
+
+def _gpus_of_srun() -> int:
+    """The number of GPUs that srun has on this machine for all its tasks; 0 where another launcher made this process.
+
+    A task may see fewer: with --gpus-per-task=1 or --gpu-bind=single:1 its own only. SLURM_GPUS_PER_TASK does not tell:
+    srun does not set it, and sbatch's stays set where an srun asks for fewer GPUs than tasks.
+    """
+    env = os.environ
+    by_srun = env.get("SLURM_STEP_NUM_TASKS") and not (env.get("RANK") and env.get("WORLD_SIZE"))
+    return _number("SLURM_GPUS_ON_NODE", default=0) if by_srun else 0
 
 
 def master_address() -> tuple[str, int]:
