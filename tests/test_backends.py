@@ -77,7 +77,7 @@ def test_cudnn_tries_no_kernels_within_an_evaluation_even_if_that_fails():
 def test_a_run_trains_with_and_evaluates_without_cudnns_trials(tmp_path: Path, monkeypatch, capsys):
     data = make_dataset(tmp_path / "data", labeled=2, unlabeled=1, val=1)
     seen = []
-    for module, name in ((supervised, "supervised_step"), (loop, "evaluate")):
+    for module, name in ((supervised, "supervised_step"), (loop, "evaluate"), (loop.Monitor, "report")):
         original = getattr(module, name)
 
         def watched(*args, name=name, original=original, **options):
@@ -86,9 +86,9 @@ def test_a_run_trains_with_and_evaluates_without_cudnns_trials(tmp_path: Path, m
 
         monkeypatch.setattr(module, name, watched)
     supervised.main(data.arguments(tmp_path / "run"))
-    assert seen == [("supervised_step", True), ("evaluate", False)]
+    assert seen == [("supervised_step", True), ("evaluate", False), ("report", False)]
     supervised.main([*data.arguments(tmp_path / "again"), "--set", "deterministic=true"])
-    assert seen[2:] == [("supervised_step", False), ("evaluate", False)]
+    assert seen[3:] == [("supervised_step", False), ("evaluate", False), ("report", False)]
     assert "deterministic algorithms" in capsys.readouterr().out
     first, second = (torch.load(tmp_path / name / "latest.pth", weights_only=True) for name in ("run", "again"))
     assert all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())

@@ -81,7 +81,8 @@ def fit(
             if results:
                 _log_evaluation(run, progress, results, time.perf_counter() - started)
                 network = teacher.model if "teacher" in results else unwrap(model)
-                monitor.report(teacher.model if teacher else unwrap(model), network, progress.iteration - 1)
+                with without_benchmark():
+                    monitor.report(teacher.model if teacher else unwrap(model), network, progress.iteration - 1)
             saver.save_epoch(improved)
     if progress.epoch > started_at:
         log.finish()
