@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import supervised
-from tests.helpers import make_dataset
+from tests.helpers import make_dataset, make_model
 from util.backends import describe_backends, set_backends, without_benchmark
 from util.config import Config
 from util.train import loop
+from util.trained import Trained
 
 CUDA = torch.device("cuda")
 
@@ -71,6 +72,16 @@ def test_cudnn_tries_no_kernels_within_an_evaluation_even_if_that_fails():
         assert not torch.backends.cudnn.benchmark
         raise KeyError
     assert torch.backends.cudnn.benchmark
+
+
+def test_a_trained_model_computes_as_in_training_but_for_cudnns_trials():
+    for cfg in (_config(tf32=False), _config(tf32=True, deterministic=True)):
+        set_backends(_config(tf32=not cfg.tf32))
+        trained = Trained(Path("best.pth"), cfg, {}, "model", ())
+        trained.ready(make_model(), torch.device("cpu"))
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is cfg.tf32
+        assert torch.are_deterministic_algorithms_enabled() is cfg.deterministic
+        assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.usefixtures("one_thread")

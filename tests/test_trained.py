@@ -99,6 +99,11 @@ def test_fp16_that_the_command_line_asks_for_is_refused_on_a_cpu_and_kept_on_a_g
     assert (trained.cfg.amp, trained.notes) == ("fp16", ())
 
 
+def test_predictions_with_other_rounding_are_another_model_s(checkpoint):
+    default, ours = (_open(checkpoint, *argv).identity() for argv in ((), ("--set", "tf32=false")))
+    assert ours == {**default, "tf32": False} and "tf32" not in default  # as in the marks of earlier predictions
+
+
 def test_the_same_config_is_used_without_a_word(data, checkpoint, tmp_path):
     assert _open(checkpoint, config=_config(data, tmp_path)).notes == ()
 

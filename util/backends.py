@@ -11,11 +11,11 @@ import torch
 from util.config_schema import Config
 
 
-def set_backends(cfg: Config) -> None:
-    """Set the switches as the config says, for training; call it before anything runs on a GPU.
+def set_backends(cfg: Config, training: bool = True) -> None:
+    """Set the switches as the config says; call it before anything runs on a GPU.
 
-    cuDNN tries its kernels for each new shape and keeps the fastest, as in the release. That pays, since crops have one
-    shape. With `deterministic` it does not try any: another kernel would add up in another order.
+    In training cuDNN tries its kernels for each new shape and keeps the fastest, as in the release. That pays, since
+    crops have one shape. With `deterministic` it does not try any: another kernel would add up in another order.
     """
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to give the same sums
@@ -23,7 +23,7 @@ def set_backends(cfg: Config) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     torch.backends.cudnn.deterministic = cfg.deterministic
-    torch.backends.cudnn.benchmark = not cfg.deterministic
+    torch.backends.cudnn.benchmark = training and not cfg.deterministic
     if cfg.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
 

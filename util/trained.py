@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from model import build_model, choose_network, load_checkpoint_state, read_checkpoint
+from util.backends import set_backends
 from util.cli import add_common_arguments
 from util.config import Config, config_from, load_config, resolve_path
 from util.errors import ConfigError
@@ -69,7 +70,8 @@ class Trained:
         return model
 
     def ready(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """That network on `device` in eval mode, not to be trained on."""
+        """That network on `device` in eval mode, not to be trained on, and PyTorch set to compute as in training."""
+        set_backends(self.cfg, training=False)
         return evaluation_copy(set_precision(model.to(device), self.cfg))
 
     def sha256(self) -> str:
@@ -83,6 +85,8 @@ class Trained:
     def identity(self) -> dict[str, Any]:
         """What distinguishes this model and how it computes from others, as plain values."""
         rounding = {key: getattr(self.cfg, key) for key in ("amp", "channels_last")}
+        if self.cfg.tf32 is not None:
+            rounding["tf32"] = self.cfg.tf32
         shape = {key: getattr(self.cfg, key) for key in MODEL_KEYS if hasattr(self.cfg, key)}
         return {"checkpoint": self.sha256(), "weights": self.weights, **rounding, **shape}
 
