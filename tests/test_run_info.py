@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from util.config import load_config
 from util.run_info import hyperparameters, read_info, write_info
 
+CPU = torch.device("cpu")
+
 
 def test_what_was_written_is_read_with_the_versions(tmp_path):
-    write_info(tmp_path, {"method": "unimatch", "unlabeled_id_path": None})
+    write_info(tmp_path, {"method": "unimatch", "unlabeled_id_path": None}, CPU)
     values = read_info(tmp_path)
     assert values["method"] == "unimatch" and values["unlabeled_id_path"] is None
     assert values["torch"] and values["machine"]
-    write_info(tmp_path, {"method": "fixmatch"})
+    write_info(tmp_path, {"method": "fixmatch"}, CPU)
     assert read_info(tmp_path)["method"] == "fixmatch"
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(("device", "machine"), [("cpu", " CPU, "), ("cuda:1", "GPU 1 x 2")])
+def test_the_machine_is_the_device_in_use(tmp_path, monkeypatch, device, machine):
+    """On a machine with two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device=None: f"GPU {torch.device(device or 'cuda').index}"
+    )
+    write_info(tmp_path, {}, torch.device(device))
+    values = read_info(tmp_path)
+    assert machine in values["machine"] and values["device"] == device.partition(":")[0]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"\xff{"])

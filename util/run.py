@@ -206,7 +206,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
                 with writing(save_path / CONFIG_FILE) as temporary:
                     temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
             paths = {"labeled_id_path": args.labeled_id_path, "unlabeled_id_path": args.unlabeled_id_path}
-            write_info(save_path, {"method": method, **paths, "processes": processes.count, "device": device.type})
+            write_info(save_path, {"method": method, **paths, "processes": processes.count}, device)
         run = Run(method, cfg, lr, lists, save_path, checkpoint, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)

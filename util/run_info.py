@@ -15,11 +15,13 @@ from util.config import Config
 from util.run_files import INFO_FILE
 
 
-def write_info(save_path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values`, and the versions and machine, over what an earlier start wrote. Raises CheckpointError."""
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": _machine()}
+def write_info(save_path: Path, values: Mapping[str, Any], device: torch.device) -> None:
+    """Write `values`, the versions and the `device` over what an earlier start wrote. Raises CheckpointError."""
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": _machine(device)}
     with writing(save_path / INFO_FILE) as temporary:
-        temporary.write_text(json.dumps({**values, **machine}, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**values, "device": device.type, **machine}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def read_info(save_path: Path) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def hyperparameters(method: str, cfg: Config, processes: int, lr: float) -> dict
     return {**values, "criterion": cfg.criterion.name, "method": method, "processes": processes, "scaled_lr": lr}
 
 
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} x {torch.cuda.device_count()}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
