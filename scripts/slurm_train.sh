@@ -63,30 +63,40 @@ command -v srun >/dev/null || wrong "srun not found: there is no SLURM here; scr
 check_run
 find_python
 
-# The most CPU cores and GPUs (of gpu_type) that a node of the partition has, and the number of its nodes; no line if
-# there is no such partition.
+# How many nodes the partition has, CPU cores and GPUs (of gpu_type) of the node that comes nearest to what is needed,
+# and how many nodes have both; no line if there is no such partition. GPUs that no node declares are not needed.
 node_limits() {
-    sinfo -h -N -p "$partition" -o '%c %G' | awk -v type="$gpu_type" '
-        { if ($1 + 0 > cores) cores = $1 + 0
+    sinfo -h -N -p "$partition" -o '%c %G' | awk -v type="$gpu_type" -v cores="$needed" -v gpus="${gres:+$gpus_per_node}" '
+        { cores_of[NR] = $1 + 0
           gsub(/\([^)]*\)/, "", $2) # sockets, such as (S:0-1)
-          count = split($2, kinds, ","); gpus = 0
+          count = split($2, kinds, ","); found = 0
           for (i = 1; i <= count; i++) {
               parts = split(kinds[i], part, ":") # gpu:4 or gpu:a100:4
-              if (part[1] == "gpu" && (type == "" || part[2] == type)) gpus += part[parts]
+              if (part[1] == "gpu" && (type == "" || part[2] == type)) found += part[parts]
           }
-          if (gpus > most) most = gpus }
-        END { if (NR) print cores, most + 0, NR }'
+          gpus_of[NR] = found
+          if (found > most) most = found }
+        END { if (!NR) exit
+          gpus = most ? gpus + 0 : 0
+          best = 1; nearest = -1
+          for (i = 1; i <= NR; i++) {
+              useful = gpus_of[i] < gpus ? gpus_of[i] : gpus
+              if (useful > nearest || (useful == nearest && cores_of[i] > cores_of[best])) { best = i; nearest = useful }
+              if (useful == gpus && cores_of[i] >= cores) enough++
+          }
+          print NR, cores_of[best], gpus_of[best], enough + 0 }'
 }
 
 first_number() { # of 16(x2),8
     printf '%s' "${1%%[!0-9]*}"
 }
 
-device_is_cpu() { # whether the arguments of METHOD.py say so
+device_is_cpu() { # whether the arguments of METHOD.py say so; the last one counts
+    device=
     for word in "$@"; do
-        case $word in device=cpu | --set=device=cpu) return 0 ;; esac
+        case $word in device=* | --set=device=*) device=${word#*device=} ;; esac
     done
-    return 1
+    [ "$device" = cpu ]
 }
 
 gres=gpu
@@ -96,19 +106,24 @@ fi
 needed=$((gpus_per_node * cpus_per_task))
 if command -v sinfo >/dev/null && limits=$(node_limits 2>/dev/null) && { [ -n "$limits" ] || sinfo -h >/dev/null 2>&1; }; then
     [ -n "$limits" ] || wrong "partition $partition: no such partition; there are: $(sinfo -h -o %R | tr "\n" " ")"
-    cores=${limits%% *} all_nodes=${limits##* } gpus=${limits#* }
-    gpus=${gpus% *}
+    read -r all_nodes cores gpus enough <<EOF
+$limits
+EOF
     [ "$nodes" -le "$all_nodes" ] ||
         wrong "$num_gpu processes with gpus_per_node=$gpus_per_node need $nodes nodes; partition $partition has $all_nodes"
-    [ "$needed" -le "$cores" ] ||
-        wrong "$gpus_per_node processes on a node with cpus_per_task=$cpus_per_task need $needed CPU cores;" \
-            "partition $partition has $cores on a node: lower cpus_per_task or gpus_per_node"
-    if [ "$gpus" -eq 0 ]; then
+    if [ -n "$gres" ] && [ "$gpus" -eq 0 ]; then
         [ -z "$gpu_type" ] || wrong "gpu_type=$gpu_type: partition $partition has no such GPUs; sinfo -o '%P %G' lists them"
         gres= # none are declared: the nodes have none, or a job has all of them
-    elif [ -n "$gres" ] && [ "$gpus_per_node" -gt "$gpus" ]; then
+    fi
+    [ "$needed" -le "$cores" ] ||
+        wrong "$gpus_per_node processes on a node with cpus_per_task=$cpus_per_task need $needed CPU cores;" \
+            "partition $partition has $cores on a node${gres:+ with $gpus GPUs}: lower cpus_per_task or gpus_per_node"
+    if [ -n "$gres" ] && [ "$gpus_per_node" -gt "$gpus" ]; then
         wrong "a node of partition $partition has $gpus GPUs at most, not $gpus_per_node: set gpus_per_node=$gpus"
     fi
+    [ "$nodes" -le "$enough" ] ||
+        wrong "$num_gpu processes need $nodes nodes with $needed CPU cores${gres:+ and $gpus_per_node GPUs};" \
+            "partition $partition has $enough: change cpus_per_task or gpus_per_node"
 fi
 if [ -n "${SLURM_JOB_ID:-}" ]; then # what sbatch, salloc or srun took
     [ "${SLURM_JOB_NUM_NODES:-$nodes}" -ge "$nodes" ] ||

@@ -632,6 +632,9 @@ def sinfo(folder, *nodes, partitions="gpu"):
         ("64 (null)", {}, [], None),
         ("64 craynetwork:4", {}, [], None),
         ("64 gpu:8", {}, ["--set", "device=cpu"], None),
+        ("64 gpu:8", {}, ["--set", "device=cpu", "--set", "device=cuda"], "--gres=gpu:2"),
+        ("64 gpu:8", {}, ["--set=device=cuda", "--set=device=cpu"], None),
+        ("64 gpu:8", {"gpu_type": "v100"}, ["--set", "device=cpu"], None),
     ],
 )
 def test_slurm_train_asks_for_the_gpus_that_the_partition_declares(
@@ -651,7 +654,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_CPUS_PER_NODE": "10
 @pytest.mark.parametrize(
     ("num_gpu", "variables", "expected"),
     [
-        (4, {}, "need 20 CPU cores; partition gpu has 16 on a node: lower cpus_per_task or gpus_per_node"),
+        (4, {}, "need 20 CPU cores; partition gpu has 16 on a node with 3 GPUs: lower cpus_per_task or gpus_per_node"),
         (4, {"cpus_per_task": "1"}, "has 3 GPUs at most, not 4: set gpus_per_node=3"),
         (2, {"gpu_type": "a100"}, "gpu_type=a100: partition gpu has no such GPUs"),
         (
@@ -661,7 +664,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_CPUS_PER_NODE": "10
         ),
         (2, {**JOB, "SLURM_GPUS_ON_NODE": "1"}, "job 7 has 1 GPUs on a node, not 2: ask for --gres=gpu:2"),
         (6, {"gpus_per_node": "2"}, "need 3 nodes; partition gpu has 2"),
-        (6, {**JOB, "gpus_per_node": "3", "cpus_per_task": "1"}, "has 1 nodes, not the 2 that 6 processes need"),
+        (4, {**JOB, "gpus_per_node": "2", "cpus_per_task": "1"}, "has 1 nodes, not the 2 that 4 processes need"),
     ],
 )
 def test_slurm_train_says_what_a_node_or_a_job_has_too_few_of(project, srun, tmp_path, num_gpu, variables, expected):
@@ -669,6 +672,42 @@ def test_slurm_train_says_what_a_node_or_a_job_has_too_few_of(project, srun, tmp
     result = sh(project, "slurm_train.sh", num_gpu, 29500, "gpu", **variables, **srun)
     assert_usage_error(result, expected)
     assert not Path(srun["RECORDED"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("num_gpu", "variables", "expected"),
+    [
+        (2, {}, "with cpus_per_task=5 need 10 CPU cores; partition gpu has 8 on a node with 2 GPUs: lower"),
+        (2, {"cpus_per_task": "4"}, None),
+        (4, {"cpus_per_task": "8", "gpus_per_node": "1"}, None),
+        (
+            4,
+            {"cpus_per_task": "4", "gpus_per_node": "2"},
+            "need 2 nodes with 8 CPU cores and 2 GPUs; partition gpu has 1",
+        ),
+        (
+            5,
+            {"cpus_per_task": "8", "gpus_per_node": "1"},
+            "need 5 nodes with 8 CPU cores and 1 GPUs; partition gpu has 4",
+        ),
+        (4, {"cpus_per_task": "1"}, "has 2 GPUs at most, not 4: set gpus_per_node=2"),
+    ],
+)
+def test_slurm_train_wants_cores_and_gpus_on_the_same_nodes(project, srun, tmp_path, num_gpu, variables, expected):
+    sinfo(tmp_path, "64 (null)", "8 gpu:2", "64 (null)", "32 gpu:1", "8 gpu:1", "16 gpu:1", "4 gpu:2")
+    result = sh(project, "slurm_train.sh", num_gpu, 29500, "gpu", **variables, **srun)
+    if expected is None:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert_usage_error(result, expected)
+
+
+def test_slurm_train_wants_cores_alone_for_processes_on_the_cpu(project, srun, tmp_path):
+    sinfo(tmp_path, "64 (null)", "8 gpu:2")
+    words = (project, "slurm_train.sh", 4, 29500, "gpu", "--set", "device=cpu")
+    assert sh(*words, gpus_per_node="4", cpus_per_task="16", **srun).returncode == 0
+    result = sh(*words, gpus_per_node="2", **srun)
+    assert_usage_error(result, "4 processes need 2 nodes with 10 CPU cores; partition gpu has 1")
 
 
 def test_slurm_train_names_the_partitions_that_there_are(project, srun, tmp_path):
