@@ -4,7 +4,8 @@
 
 A round starts a run of seconds on generated images, inflicts one fault on it at a random moment, starts it again until
 it is finished, and compares weights, optimiser, logged losses, TensorBoard curves and mIoU, bit for bit. It ends with a
-table, and with status 1 if anything differed or a fault was not answered as it should be. Linux only.
+table, and with status 1 if anything differed or a fault was not answered as it should be. A round whose run was already
+finished when the fault struck counts as missed, not as equal. Linux only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from scripts.chaos.compare import difference, distance, end_state
 from scripts.chaos.faults import FAULTS, Fault
-from scripts.chaos.run import Run, Skipped, Unanswered, make_data, removed_at_the_end
+from scripts.chaos.run import Missed, Run, Skipped, Unanswered, make_data, removed_at_the_end
 from util.cli import run_main
 from util.errors import ConfigError
 from util.run_files import LATEST
@@ -30,6 +31,7 @@ from util.run_files import LATEST
 METHODS = ("unimatch", "unimatch_v2")  # the second one has a teacher
 # The distance of the ends, in float64, of one process and of two: their sums' last digits differ.
 NEAR = 1e-7
+FINE = ("skipped", "missed", "equal")  # verdicts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,9 +101,16 @@ class Whole:
 
 
 def play(run: Run, fault: Fault, rng: random.Random, expected: dict[str, Any]) -> str:
-    """Harm a run, continue it, compare its end: `equal`, or what is wrong, or `skipped` and why."""
+    """Harm a run, continue it, compare its end: `equal`, or what is wrong, or `skipped` and why.
+
+    `missed`: the run was finished before the fault struck, so that its end shows nothing.
+    """
+    verdict = "equal"
     try:
-        fault.inflict(run, rng)
+        try:
+            fault.inflict(run, rng)
+        except Missed:
+            verdict = "missed"
         run.finish()
         found = end_state(run.path)
     except Unanswered as error:
@@ -113,11 +122,11 @@ def play(run: Run, fault: Fault, rng: random.Random, expected: dict[str, Any]) -
     else:
         apart = distance(expected["model"], found["model"])
         where = None if apart < NEAR and expected["iteration"] == found["iteration"] else f"the weights by {apart:.1e}"
-    return f"DIFFERS in {where}" if where else "equal"
+    return f"DIFFERS in {where}" if where else verdict
 
 
 class Table:
-    """Rounds by fault: how many, the steps that they lost, and how many ended as undisturbed."""
+    """Rounds by fault: how many, the steps that they lost, and how many got each verdict."""
 
     def __init__(self) -> None:
         self._rows: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
@@ -127,15 +136,15 @@ class Table:
 
     @property
     def wrong(self) -> bool:
-        return any(verdict not in ("equal", "skipped") for rounds in self._rows.values() for _, verdict in rounds)
+        return any(verdict not in FINE for rounds in self._rows.values() for _, verdict in rounds)
 
     def __str__(self) -> str:
-        lines = [f"\n{'fault':<18}{'rounds':>7}{'steps lost (most)':>20}{'skipped':>9}{'equal':>8}"]
+        lines = [f"\n{'fault':<18}{'rounds':>7}{'steps lost (most)':>20}{''.join(f'{verdict:>9}' for verdict in FINE)}"]
         for name, rounds in self._rows.items():
             lost = [steps for steps, _ in rounds]
             verdicts = [verdict for _, verdict in rounds]
             text = f"{sum(lost)} ({max(lost)})"
-            counts = f"{verdicts.count('skipped'):>9}{verdicts.count('equal'):>8}"
+            counts = "".join(f"{verdicts.count(verdict):>9}" for verdict in FINE)
             lines.append(f"{name:<18}{len(rounds):>7}{text:>20}{counts}")
         return "\n".join(lines)
 

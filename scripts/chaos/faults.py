@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scripts.chaos.hosts import NoHosts, two_hosts
-from scripts.chaos.run import EPOCHS, Run, Skipped, Unanswered
+from scripts.chaos.run import EPOCHS, Missed, Run, Skipped, Unanswered
 from util.errors import EXIT_CONSEQUENCE, EXIT_SIGNAL, EXIT_STOPPED, EXIT_USER_ERROR
 from util.lock import LOCK_FILE, STALE
 from util.run_files import LATEST, MID_EPOCH
@@ -26,7 +26,7 @@ def kill(run: Run, rng: random.Random) -> None:
     run.wait_for_lines(rng.randint(0, 10))
     time.sleep(rng.uniform(0, 0.5))
     run.process.kill()
-    run.end(-signal.SIGKILL, 0)
+    run.end_by(-signal.SIGKILL)
 
 
 def kill_in_save(run: Run, rng: random.Random) -> None:
@@ -36,7 +36,7 @@ def kill_in_save(run: Run, rng: random.Random) -> None:
     run.wait_for(lambda: any(run.path.glob("*.pth.*.tmp")), pause=0.0005)
     time.sleep(rng.uniform(0, 0.05))
     run.process.kill()
-    run.end(-signal.SIGKILL, 0)
+    run.end_by(-signal.SIGKILL)
 
 
 def ask_to_end(run: Run, rng: random.Random) -> None:
@@ -45,8 +45,8 @@ def ask_to_end(run: Run, rng: random.Random) -> None:
     run.start()
     run.wait_for_lines(rng.randint(1, 10))
     run.process.send_signal(number)
-    run.end(EXIT_SIGNAL + number, 0)
-    if run.process.returncode and not (run.path / MID_EPOCH).exists():
+    run.end_by(EXIT_SIGNAL + number)
+    if not (run.path / MID_EPOCH).exists():
         raise Unanswered(f"{number.name}: no {MID_EPOCH}")
 
 
@@ -58,15 +58,19 @@ def kill_one_of_two(run: Run, rng: random.Random) -> None:
     victims = _children(run.process.pid)
     if victims:
         os.kill(rng.choice(victims), signal.SIGKILL)
-    run.end(*((0,) if restarts else (EXIT_SIGNAL + signal.SIGKILL, 0)))
+    if victims and restarts:
+        run.end(0)
+    else:
+        run.end_by(EXIT_SIGNAL + signal.SIGKILL)
 
 
 def ask_two_to_end(run: Run, rng: random.Random) -> None:
     """SIGTERM to the launcher of two processes, or to one of them: both end after the same step."""
     run.start()
     run.wait_for_lines(rng.randint(1, 4))
-    os.kill(rng.choice([run.process.pid, *_children(run.process.pid)]), signal.SIGTERM)
-    run.end(EXIT_SIGNAL + signal.SIGTERM, 0)
+    if run.process.poll() is None:
+        os.kill(rng.choice([run.process.pid, *_children(run.process.pid)]), signal.SIGTERM)
+    run.end_by(EXIT_SIGNAL + signal.SIGTERM)
 
 
 def fill_disk(run: Run, rng: random.Random) -> None:
@@ -139,7 +143,7 @@ def signal_before_the_first_step(run: Run, rng: random.Random) -> None:
     moment = time.monotonic() + rng.uniform(0, 10)
     run.wait_for(lambda: time.monotonic() > moment or run.lines() > 0)
     run.process.send_signal(number)
-    run.end(EXIT_SIGNAL + number, -number, 0)
+    run.end_by(EXIT_SIGNAL + number, -number)
 
 
 def suspend(run: Run, rng: random.Random) -> None:
@@ -152,8 +156,8 @@ def suspend(run: Run, rng: random.Random) -> None:
     suspended = run.process
     try:
         lock = run.path / LOCK_FILE
-        if not lock.exists():  # it was finished
-            return
+        if not lock.exists():
+            raise Missed
         os.utime(lock, (time.time() - 2 * STALE,) * 2)  # as if it had slept for so long
         run.process = run.popen(_as_other_machine(*run.command()))
         run.wait_for_lines(rng.randint(1, 4))
@@ -188,6 +192,8 @@ def cut_link(run: Run, rng: random.Random) -> None:
                 run.end(EXIT_STOPPED, EXIT_CONSEQUENCE, 0)
                 if process.returncode and "error: " not in run.output:
                     raise Unanswered(f"host {host} says nothing")
+            if all(process.returncode == 0 for process in processes):
+                raise Missed
         finally:
             for process in processes:
                 process.kill()
@@ -197,9 +203,10 @@ def go_on_with_one(run: Run, rng: random.Random) -> None:
     """Two processes are killed, and one goes on with the images of both, in the same epoch."""
     run.start()
     run.wait_for_lines(rng.randint(2, 6))
-    for pid in (*_children(run.process.pid), run.process.pid):
+    for pid in _children(run.process.pid):
         os.kill(pid, signal.SIGKILL)
-    run.end(-signal.SIGKILL, 0)
+    run.process.kill()
+    run.end_by(-signal.SIGKILL)
     run.processes, run.settings = 1, ["batch_size=2"]
 
 

@@ -33,6 +33,10 @@ class Unanswered(Exception):
     """A run did not answer a fault as it should."""
 
 
+class Missed(Exception):
+    """A run was finished before the fault struck."""
+
+
 class Skipped(Exception):
     """This fault cannot be inflicted here; the message says why."""
 
@@ -97,6 +101,12 @@ class Run:
         # A loading process may complain that its parent was killed.
         if "Traceback" in self.output and self.process.returncode != -signal.SIGKILL:
             raise Unanswered(f"a traceback: {self.output[self.output.index('Traceback') :][-500:]}")
+
+    def end_by(self, *expected: int) -> None:
+        """Wait for the end by a fault, which is Missed if the run came to its own end before."""
+        self.end(*expected, 0)
+        if self.process.returncode == 0:
+            raise Missed
 
     def log(self) -> str:
         """What train.log says so far."""
