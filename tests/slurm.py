@@ -69,7 +69,7 @@ PartitionName=cpu Nodes=c1
 GRES = "NodeName=g[1-2] Name=gpu Type=a100 File={folder}/gpu[0-1]\n"  # any files that exist serve
 CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"  # mounts nothing
 GOING_ON = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")  # states from which a job may run again
-LIMIT = 60  # seconds for the nodes to be ready
+LIMIT = 120  # seconds for the nodes to be ready
 
 
 class Cluster:
@@ -77,6 +77,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._name = folder, f"slurm{os.getpid()}"
+        self._host = socket.gethostname().partition(".")[0]
 
     def command(self, *words: str | Path) -> list[str]:
         """The command line that runs a command in the cluster's network."""
@@ -109,14 +110,25 @@ class Cluster:
             for words in (("scontrol", "show", "job", job), ("sinfo", "-R"), ("sinfo", "-N", "-l")):
                 with contextlib.suppress(subprocess.SubprocessError):
                     print(self.run(*words))
-            for file in (*(self._folder / f"{name}.log" for name in ("slurmctld", "g1", "g2")), output):
-                with contextlib.suppress(OSError):
-                    print(f"--- {file.name}", *file.read_text(errors="replace").splitlines()[-40:], sep="\n")
+            print(self.logs(), _end_of(output), sep="\n")
             raise
+
+    def logs(self) -> str:
+        """The last lines of each daemon's log."""
+        return "\n".join(map(_end_of, sorted(self._folder.glob("*.log"))))
+
+    def make_network(self) -> None:
+        """Make the network, and see that commands run in it. Raises CalledProcessError where namespaces are refused."""
+        names = f"127.0.0.1 localhost {self._host} g1 g2 c1\n"
+        (self._folder / "hosts").write_text(names, encoding="ascii")
+        _run("ip", "netns", "add", self._name)
+        for words in NETWORK:
+            _run("ip", "-n", self._name, *words.split())
+        self.run("true")
 
     def start(self) -> None:
         """Start munge, the controller and a daemon for each node."""
-        folder, host = self._folder, socket.gethostname().partition(".")[0]
+        folder = self._folder
         folder.chmod(0o755)
         for name, text in (
             ("slurm.conf", CONF),
@@ -125,13 +137,9 @@ class Cluster:
             ("gpu0", ""),
             ("gpu1", ""),
         ):
-            (folder / name).write_text(text.format(folder=folder, host=host), encoding="ascii")
-        (folder / "hosts").write_text(f"127.0.0.1 localhost {host} g1 g2 c1\n", encoding="ascii")
+            (folder / name).write_text(text.format(folder=folder, host=self._host), encoding="ascii")
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
-        _run("ip", "netns", "add", self._name)
-        for words in NETWORK:
-            _run("ip", "-n", self._name, *words.split())
         places = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
         places |= {"log-file": "munged.log", "seed-file": "munged.seed"}
         self.run("munged", *(f"--{name}={folder / file}" for name, file in places.items()))
@@ -155,8 +163,9 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Start a cluster, installing Slurm before where that works; skips the test where it cannot be.
+    """Start a cluster, installing Slurm before where that works.
 
+    Skips the test without root, network namespaces or Slurm; fails it where Slurm is installed and does not start.
     There is one at a time: another test process waits for its end.
     """
     if os.geteuid() != 0:
@@ -171,9 +180,13 @@ def cluster() -> Iterator[Cluster]:
         own = Cluster(Path(folder))
         try:
             try:
+                own.make_network()
+            except subprocess.SubprocessError as error:  # such as in a container
+                pytest.skip(f"a Slurm cluster needs network namespaces: {_reason(error)}")
+            try:
                 own.start()
-            except (subprocess.SubprocessError, AssertionError) as error:  # such as a container without namespaces
-                pytest.skip(f"Slurm cannot be started here: {str(getattr(error, 'stderr', None) or error).strip()}")
+            except (subprocess.SubprocessError, AssertionError) as error:
+                pytest.fail(f"Slurm is installed and does not start: {_reason(error)}\n{own.logs()}", pytrace=False)
             yield own
         finally:
             own.stop()
@@ -206,8 +219,21 @@ def _install() -> None:
         try:
             _run("apt-get", *quick, *words, env=environment, timeout=seconds)
         except subprocess.SubprocessError as error:
-            lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            lines = _reason(error).splitlines()
             pytest.skip(f"Slurm cannot be installed: {lines[-1] if lines else error}")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "stderr", None) or error).strip()
+
+
+def _end_of(file: Path) -> str:
+    """The last lines of a file, below its name."""
+    try:
+        lines = file.read_text(errors="replace").splitlines()[-40:]
+    except OSError:
+        lines = []
+    return "\n".join([f"--- {file.name}", *lines])
 
 
 def _run(*words: str, **options: object) -> None:

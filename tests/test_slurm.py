@@ -91,6 +91,33 @@ def hold(path: Path, done: int) -> list[Path]:
     return processes
 
 
+def refuse(own: Cluster) -> None:
+    (own._folder / "slurmctld.log").write_text("fatal: no address\n")
+    raise subprocess.CalledProcessError(1, "slurmctld", stderr="not permitted\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "outcome", "expected"),
+    [
+        ("make_network", pytest.skip.Exception, "needs network namespaces: not permitted$"),
+        (
+            "start",
+            pytest.fail.Exception,
+            "installed and does not start: not permitted\n--- slurmctld.log\nfatal: no addr",
+        ),
+    ],
+)
+def test_an_installed_slurm_that_does_not_start_is_no_reason_to_skip(monkeypatch, tmp_path, method, outcome, expected):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # for a lock of its own
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    for name in ("make_network", "start", "stop"):
+        monkeypatch.setattr(Cluster, name, lambda own: None)
+    monkeypatch.setattr(Cluster, method, refuse)
+    with pytest.raises(outcome, match=expected), cluster():
+        pass
+
+
 def test_a_run_through_time_limit_preemption_and_scancel_ends_as_one_in_a_partition_without_gpus(slurm, data, tmp_path):
     whole, path, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output"
     undisturbed = srun(slurm, data, whole, "cpu")
