@@ -76,7 +76,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    set_backends(SimpleNamespace(deterministic=True, tf32=None))
+    set_backends(SimpleNamespace(deterministic=True, tf32=None), CPU)
     yield
     torch.use_deterministic_algorithms(False)
     cudnn.benchmark, cudnn.deterministic = before

@@ -167,7 +167,7 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         stack.enter_context(outside_training(processes.rank, not launcher_keeps_store()))
         device = choose_device(cfg.device, processes)
         check_precision(cfg, device, processes.count)
-        set_backends(cfg)
+        set_backends(cfg, device)
         check_handover(loader_options(cfg, device).workers)
         save_path, lists, found = Path(args.save_path), None, Found(None)
         if processes.is_main:  # it reads and checks for all

@@ -71,7 +71,7 @@ class Trained:
 
     def ready(self, model: nn.Module, device: torch.device) -> nn.Module:
         """That network on `device` in eval mode, not to be trained on, and PyTorch set to compute as in training."""
-        set_backends(self.cfg, training=False)
+        set_backends(self.cfg, device, training=False)
         return evaluation_copy(set_precision(model.to(device), self.cfg))
 
     def sha256(self) -> str:

@@ -33,7 +33,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; its matrix of tokens x tokens is never held in memory."""
+    """Multi-head self-attention; its matrix of tokens x tokens is in memory with the math kernel only."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
