@@ -28,7 +28,7 @@ TrainStep = Callable[[Any, Callable[[torch.Tensor], None]], dict[str, torch.Tens
 class OptimizerStep:
     """The model, its optimiser, and what the config puts around them: everything that a step changes.
 
-    `run` never waits for the device.
+    `run` does not wait for the device, but for one case: on several GPUs torch's SyncBatchNorm does, in each forward.
     """
 
     def __init__(
