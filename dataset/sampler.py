@@ -39,7 +39,8 @@ class EpochSampler(Sampler[Key]):
     fresh permutation. Without unlabelled images (`num_unlabeled` None) it is one pass over the labelled set, which is
     repeated first to `repeat_labeled_to` samples if it has fewer (UniMatch V2's supervised baseline).
 
-    With `accumulate`, that many batches make a step, and the epoch is cut to whole steps.
+    With `accumulate`, that many batches make a step, and the epoch is cut to whole steps. Where a run began on another
+    number of processes, an epoch may have other `steps`.
 
     `partner` says where CutMix pastes from: another view of the `same_image`, a view of an `other_image`, or the
     `reversed_batch`, for which a key has no partner. For this one the second half of a process's batch comes from the
@@ -58,8 +59,9 @@ class EpochSampler(Sampler[Key]):
         partner: str = "same_image",
         repeat_labeled_to: int | None = None,
         accumulate: int = 1,
+        steps: int | None = None,
     ) -> None:
-        self.per_step = batch_size * accumulate
+        self.per_step, self.steps = batch_size * accumulate, steps
         self.num_labeled, self.num_unlabeled, self.batch_size, self.seed = num_labeled, num_unlabeled, batch_size, seed
         self.rank, self.processes, self.partner = rank, processes, partner
         self.length = max(num_labeled, repeat_labeled_to or 0) if num_unlabeled is None else num_unlabeled
@@ -70,7 +72,8 @@ class EpochSampler(Sampler[Key]):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return math.ceil(self.length / self.processes) // self.per_step * self.per_step
+        steps = math.ceil(self.length / self.processes) // self.per_step if self.steps is None else self.steps
+        return steps * self.per_step
 
     def __iter__(self) -> Iterator[Key]:
         pool = max(self.num_labeled, self.length)

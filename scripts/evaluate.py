@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dataset.files import limit_image_pixels
 from dataset.lists import read_list
+from dataset.samples import Samples
 from dataset.semi import ValDataset
 from util.analysis import Analysis, Numbered
 from util.cli import run_main
@@ -69,16 +70,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = trained.cfg
     limit_image_pixels(cfg.max_image_pixels)
     data_root = resolve_path(cfg.data_root)
-    samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
-    if processes.is_main:
+
+    def prepare() -> Samples | None:
+        if not processes.is_main:  # it reads and checks for all
+            return None
+        samples = read_list(resolve_path(cfg.val_id_path), inside=None if cfg.allow_outside_root else data_root)
         notes = [*trained.notes, *check_listed(cfg, [samples])]
         print("".join(f"{note}\n" for note in notes), end="")
-    if args.out:
-        data = [(kind, data_root / path) for sample in samples for kind, path in sample._asdict().items() if path]
-        check_targets([Path(args.out) / name for name in FILES], trained.files(args) + data)
+        if args.out:
+            data = [(kind, data_root / path) for sample in samples for kind, path in sample._asdict().items() if path]
+            check_targets([Path(args.out) / name for name in FILES], trained.files(args) + data)
+        return samples
+
     model = trained.build()
     view = View(args.mode or cfg.eval_mode, cfg.crop_size, tuple(args.scales), args.flip)
-    with process_group(processes, device):
+    with process_group(processes, device, prepare=prepare) as samples:
         source = data_source(cfg)
         share = ValDataset(samples[processes.rank :: processes.count], source)
         dataset = Numbered(share, processes.rank, processes.count)

@@ -266,10 +266,16 @@ def test_as_many_images_a_step_go_on_within_the_epoch_on_another_number_of_proce
     save_checkpoint(state, tmp_path / "midway.pth")
     for changes in ({"batch_size": 4}, {"accumulate": 2}):
         cfg = dataclasses.replace(CFG, **changes)
-        assert find_checkpoint(tmp_path, cfg, RUN, 1, 10).path == tmp_path / "midway.pth"
-        assert find_checkpoint(tmp_path, cfg, RUN, 1, 9).path is None  # an epoch would have fewer steps
+        found = find_checkpoint(tmp_path, cfg, RUN, 1, 10)
+        assert (found.path, found.steps, found.notes) == (tmp_path / "midway.pth", 10, ())
+        found = find_checkpoint(tmp_path, cfg, RUN, 1, 9)
+        assert (found.path, found.steps) == (tmp_path / "midway.pth", 10)
+        assert found.notes == ("note: an epoch keeps its 10 steps; one begun on 1 process(es) has 9",)
         with pytest.raises(CheckpointError, match="was trained with other settings"):
             find_checkpoint(tmp_path, cfg, RUN, 2, 10)
+    save_checkpoint(_run_state(4) | {"steps": 10}, tmp_path / "latest.pth")
+    found = find_checkpoint(tmp_path, CFG, RUN, 1, 20)  # half as many images a step
+    assert (found.path.name, found.steps) == ("latest.pth", 20)
 
 
 def test_after_an_epoch_the_one_before_is_kept_and_what_lies_within_is_removed(tmp_path):

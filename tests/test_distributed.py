@@ -408,6 +408,7 @@ def _unreadable() -> None:
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
+    "early unreadable": _unreadable,
     "unreadable": _unreadable,
     "bug": _bug,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -422,8 +423,12 @@ def _member(rank: int, victim: int, fault: str, port: int, folder: Path) -> None
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     faults.PATIENCE = 3.0
 
+    def prepare() -> None:
+        if rank == victim and fault.startswith("early"):
+            FAULTS[fault]()
+
     def main() -> None:
-        with process_group(Processes(rank, 2, rank), CPU, 4, (folder / f"{rank}.told").write_text):
+        with process_group(Processes(rank, 2, rank), CPU, 4, (folder / f"{rank}.told").write_text, prepare):
             all_reduce_sum(torch.ones(1))
             if rank == victim:
                 FAULTS[fault]()
@@ -435,6 +440,8 @@ def _member(rank: int, victim: int, fault: str, port: int, folder: Path) -> None
 @pytest.mark.parametrize(
     ("fault", "victim", "expected", "statuses"),
     [
+        ("early unreadable", 1, "error: process 1: images/7.jpg: truncated", [1, 2]),
+        ("early unreadable", 0, "error: images/7.jpg: truncated", [2, 1]),
         ("unreadable", 1, "error: process 1: images/7.jpg: truncated", [1, 2]),
         ("unreadable", 0, "error: images/7.jpg: truncated", [2, 1]),
         ("bug", 1, "error: process 1: KeyError: 'oops'", [1, 1]),
@@ -518,10 +525,9 @@ def test_machines_are_told_apart_by_their_names_without_torchrun_and_srun(enviro
 
 
 def _maxima(rank: int, count: int) -> list[int]:
-    requests = DelayedMax(60)
+    requests = DelayedMax()
     maxima = [requests.reduce(number if rank == step % count else 0) for step, number in enumerate((0, 0, 15, 1, 0))]
     maxima.append(requests.finish())
-    requests.barrier()
     return [*maxima, requests.finish()]
 
 

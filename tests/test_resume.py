@@ -22,10 +22,10 @@ from dataset.sampler import EpochSampler, Key
 from tests.helpers import PROJECT_ROOT, TinyData, assert_same, load_checkpoint, make_dataset, run_script
 from util import checkpoint, evaluate
 from util.cli import run_main
-from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, Interrupted
+from util.errors import EXIT_SIGNAL, EXIT_USER_ERROR, CheckpointError, Interrupted
 from util.schedule import poly_lr
 from util.signals import StopSignals
-from util.train import loop
+from util.train import loop, saving
 
 # Two epochs of three iterations.
 KILLED_IN_THE_SECOND_EPOCH = """
@@ -305,13 +305,27 @@ def test_a_signal_during_evaluation_ends_it_and_it_is_repeated(data, unread, tmp
         return class_scores(*args)
 
     monkeypatch.setattr(evaluate, "class_scores", signalled)
-    with pytest.raises(Interrupted, match=r"after iteration 3/3 of epoch 1"):
-        unimatch.main([*data.arguments(path), *arguments])
-    assert len(seen) == 1  # of two images
+    written = []
+    for _ in range(2):
+        with pytest.raises(Interrupted, match=r"after iteration 3/3 of epoch 1"):
+            unimatch.main([*data.arguments(path), *arguments])
+        written.append((path / "midway.pth").stat().st_mtime_ns)
+    assert len(seen) == 2  # one of two images each time
+    assert written[0] == written[1]  # no progress, so nothing newer, for which slurm_train.sh would queue again
     monkeypatch.undo()
     unimatch.main([*data.arguments(path), *arguments])
     _assert_same_end(expected, path)
     shutil.rmtree(path)
+
+
+def test_where_the_first_process_alone_finds_a_checkpoint_the_line_says_what_the_save_path_must_be(
+    data, interrupted, monkeypatch
+):
+    monkeypatch.setattr(saving, "gather", lambda tensor: torch.stack([torch.tensor(3), tensor]))
+    monkeypatch.setattr(saving, "read_checkpoint", None)  # another process than the first, which does not see the file
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "latest.pth" and os.path.exists(path))
+    with pytest.raises(CheckpointError, match=r"see different checkpoints .*must be one folder on all machines"):
+        unimatch.main(data.arguments(interrupted))
 
 
 def test_a_run_killed_between_saves_repeats_the_steps_since_the_last(data, unread, tmp_path):
@@ -523,6 +537,27 @@ def test_resume_never_starts_anew_and_keeps_what_was_there(data, tmp_path, capsy
     names = {file.name for file in (path / "previous-2").iterdir()}
     assert moved < names and sum(name.startswith("events.out.tfevents.") for name in names - moved) == 1
     assert load_checkpoint(path)["config"]["seed"] == 1
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("same_launcher", [True, False])
+def test_resume_never_is_not_repeated_by_the_launcher_that_starts_the_run_again(
+    data, tmp_path, monkeypatch, capsys, same_launcher
+):
+    """A job that Slurm queues again has the arguments that it had the first time."""
+    path = tmp_path / "run"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with monkeypatch.context() as patch:
+        _signal_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            unimatch.main([*data.arguments(path), "--resume", "never"])
+    monkeypatch.setenv("SLURM_JOB_ID", "77" if same_launcher else "78")
+    capsys.readouterr()
+    unimatch.main([*data.arguments(path), "--resume", "never"])
+    output = capsys.readouterr().out
+    assert ("started again by its launcher" in output) == same_launcher
+    assert ("0 of 2 epochs are done and 2 of 3 iterations" in output) == same_launcher
+    assert (path / "previous-1").exists() != same_launcher
     shutil.rmtree(path)
 
 

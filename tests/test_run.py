@@ -43,7 +43,7 @@ def test_a_batch_that_is_doubled_already_is_left_alone(data, tmp_path, capsys, b
 
 def test_the_batch_is_counted_over_all_processes_before_it_is_doubled(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("util.run.find_processes", lambda _: Processes(0, 2, 0))
-    monkeypatch.setattr("util.run.process_group", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("util.run.process_group", lambda *arguments: contextlib.nullcontext(arguments[-1]()))
     data.configure(batch_size=2, reference_batch=2)
     cfg, output = start(data, tmp_path, capsys, "--double-batch", method="supervised")
     assert cfg.batch_size == 2 and "not doubled, 4 images a step" in output
@@ -52,7 +52,7 @@ def test_the_batch_is_counted_over_all_processes_before_it_is_doubled(data, tmp_
 def test_the_file_of_unimatch_v2_s_release_is_doubled_on_its_four_processes(tmp_path, capsys, monkeypatch):
     data = make_dataset(tmp_path / "data", labeled=32)
     monkeypatch.setattr("util.run.find_processes", lambda _: Processes(0, 4, 0))
-    monkeypatch.setattr("util.run.process_group", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("util.run.process_group", lambda *arguments: contextlib.nullcontext(arguments[-1]()))
     release = yaml.safe_load((PROJECT_ROOT / "tests/reference/release_configs/v2_pascal.yaml").read_text())
     kept = {key: value for key, value in data.settings().items() if key in ("data_root", "val_id_path", "pretrained")}
     data.config.write_text(yaml.safe_dump({**release, **kept, "scale_lr": True, "workers": 0, "device": "cpu"}))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from util.config import load_config
-from util.run_info import hyperparameters, read_info, write_info
+from util.run_info import hyperparameters, launch, read_info, write_info
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,18 @@ def test_a_file_that_is_missing_or_of_somebody_else_says_nothing(tmp_path, conte
     if content is not None:
         (tmp_path / "run.json").write_bytes(content)
     assert read_info(tmp_path) == {}
+
+
+def test_a_launcher_is_known_again_after_a_restart(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert launch() is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    first = launch()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launch() == first and str(os.getppid()) in first
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert launch() == "job 77"
 
 
 def test_hyperparameters_are_the_config_without_long_lists(data):

@@ -115,6 +115,24 @@ def test_a_step_of_several_processes_sees_what_one_process_would(processes, batc
         assert sorted(together) == sorted(one[4 * step : 4 * step + 4])
 
 
+@pytest.mark.parametrize(("before", "after", "steps"), [((1, 8), (8, 1), 1231), ((8, 1), (2, 4), 1232)])
+@pytest.mark.parametrize("partner", ["same_image", "reversed_batch"])
+def test_with_the_steps_of_a_run_another_number_of_processes_sees_its_images_also_last(before, after, steps, partner):
+    """Pascal's split 732: an epoch of one process has 1231 steps, one of eight 1232, whose last images are repeated."""
+
+    def last_steps(processes: int, size: int, steps: int | None) -> list[list[int]]:
+        shares = []
+        for rank in range(processes):
+            sampler = EpochSampler(732, 9850, size, 0, rank, processes, partner, steps=steps)
+            sampler.set_epoch(1, start=size * 1200)
+            shares.append(np.array([key.unlabeled for key in sampler]).reshape(-1, size))
+        return np.sort(np.concatenate(shares, axis=1)).tolist()
+
+    expected = last_steps(*before, None)
+    assert len(expected) == steps - 1200 and last_steps(*after, steps) == expected
+    assert len(last_steps(*after, None)) != len(expected)
+
+
 @pytest.mark.parametrize("processes, batch_size", [(2, 2), (2, 4), (4, 2), (3, 4)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_process_finds_in_its_reversed_batch_what_one_process_would(processes, batch_size, accumulate):

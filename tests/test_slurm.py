@@ -183,6 +183,18 @@ def test_the_error_of_process_0_is_shown_and_its_status_kept(slurm, data, tmp_pa
     ]
 
 
+def test_srun_alone_ends_all_processes_where_the_first_finds_a_fault(slurm, data, tmp_path):
+    """Without --kill-on-bad-exit, which slurm_train.sh gives: the others wait for it, and it tells them."""
+    program = [sys.executable, "unimatch.py", *data.arguments(tmp_path)]
+    program[program.index("--labeled-id-path") + 1] = "gone.txt"
+    words = slurm.command("srun", "--partition=cpu", "--ntasks=2", "--kill-on-bad-exit=0", *program, "--port", "29500")
+    result = subprocess.run(
+        words, cwd=PROJECT_ROOT, env=variables(data), capture_output=True, text=True, check=False, timeout=LIMIT
+    )
+    assert result.returncode == 2
+    assert re.findall(r"^error: (.*)", result.stderr, re.MULTILINE) == ["gone.txt: no such list file"]
+
+
 def test_where_process_0_is_killed_one_line_names_it(slurm, data, tmp_path):
     process = srun(slurm, data, tmp_path, "cpu", "--set", "epochs=50")
     wait_for(lambda: iterations(tmp_path) > 0 or process.poll() is not None, "first iteration", LIMIT)

@@ -90,6 +90,20 @@ def test_a_host_tells_of_the_other_ones_death_and_ends(hosts, data, tmp_path):
     assert re.fullmatch(r"error: process 1 .*\n", told(path, 0).read_text())
 
 
+def test_what_the_first_host_finds_wrong_is_said_on_both(hosts, data, tmp_path):
+    """It alone reads the lists and checks the data; the other one waits for it."""
+    path = tmp_path / "run"
+    data.unlabeled.write_text(data.unlabeled.read_text() + "images/gone.jpg\n")
+    processes = start(hosts, data, path)
+    try:
+        assert [process.wait(300) for process in processes] == [2, 1]
+    finally:
+        for process in processes:
+            process.kill()
+    first, second = (told(path, host).read_text() for host in range(2))
+    assert re.fullmatch(r"error: .*gone.jpg.*\n", first) and re.fullmatch(r"error: process 0: .*gone.jpg.*\n", second)
+
+
 def test_interfaces_that_do_not_reach_the_other_host_are_named_on_both(hosts, data, tmp_path):
     data.configure(batch_size=1, dist_timeout=DIST_TIMEOUT)
     path = tmp_path / "run"

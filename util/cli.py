@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from util.distributed.watchdog import Watchdog
 from util.errors import (
     EXIT_CONSEQUENCE,
     EXIT_SIGNAL,
@@ -104,12 +105,12 @@ def _run_main(main: Callable[[], None]) -> None:
         if where := _out_of_memory(error):
             hint = "lower batch_size or crop_size, or use more processes; predict: lower --tile and --tile-above"
             message, status = f"out of {where}: {hint} ({str(error).splitlines()[0]})", EXIT_STOPPED
-        elif torch.distributed.is_initialized():
+        elif Watchdog.watching:
             traceback.print_exc()
             message, status = f"{type(error).__name__}: {error_line(error)}", EXIT_CONSEQUENCE
         else:
             raise
-    grouped = torch.distributed.is_initialized()
+    grouped = Watchdog.watching  # then the other processes have been told
     if rank > 0 and not silent:
         # Before the processes have met, the same error occurs on every process. The launcher ends all once the first
         # has ended. So rank 0 speaks at once, and another process only if it is still there a little later.

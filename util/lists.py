@@ -22,9 +22,11 @@ from dataset.lists import (
     read_list,
     shared_images,
 )
+from dataset.sampler import EpochSampler
 from dataset.samples import Sample, Samples
 from dataset.source import DataSource
 from util.config import Config, resolve_path
+from util.distributed.launch import Processes
 from util.errors import ConfigError
 from util.outputs import is_own
 
@@ -156,3 +158,20 @@ def describe_doubts(lists: Lists, data_root: Path) -> Iterator[str]:
                 f"warning: {hidden} of {len(samples)} {name} images are hidden or in a hidden folder, such as "
                 f"{first}: copies that a program keeps for itself are rarely meant"
             )
+
+
+def epoch_sampler(cfg: Config, lists: Lists, processes: Processes, steps: int | None = None) -> EpochSampler:
+    """The order of this process's samples; `steps` of an epoch, where they do not follow from the lists."""
+    unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
+    return EpochSampler(
+        len(lists.labeled),
+        unlabeled,
+        cfg.batch_size,
+        cfg.seed,
+        processes.rank,
+        processes.count,
+        partner=cfg.cutmix_partner,
+        repeat_labeled_to=cfg.supervised_epoch,
+        accumulate=cfg.accumulate,
+        steps=steps,
+    )

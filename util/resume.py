@@ -22,14 +22,16 @@ from util.run_files import BEST, LATEST, MID_EPOCH, PREVIOUS, epoch_files
 NEEDED = ("model", "optimizer", "epoch", "iteration", "previous_best", "config", "run")
 NUMBER = (int, float)
 KINDS = {"model": dict, "optimizer": dict, "epoch": int, "iteration": int, "previous_best": NUMBER, "config": dict}
-KINDS |= {"run": dict, "best_epoch": int, "last_miou": NUMBER}
+KINDS |= {"run": dict, "best_epoch": int, "last_miou": NUMBER, "steps": int}
 
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint to continue from: its file, the first TensorBoard step after it, and what the log should say."""
+    """The checkpoint to continue from: its file, the steps of an epoch, the first TensorBoard step after it, and what
+    the log should say."""
 
     path: Path | None
+    steps: int = 0
     first_step: int = 0
     notes: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
@@ -39,8 +41,9 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
     """What to continue from: the newest checkpoint that is whole; its path is None for a fresh run.
 
     `run` says what shapes training besides the config: method and lists. A mid-epoch checkpoint serves `processes` that
-    take as many images a step as those that wrote it, in an epoch of as many `steps`. Raises CheckpointError where the
-    settings differ, and where `latest.pth` is damaged and nothing is left to fall back to. Changes nothing.
+    take as many images a step as those that wrote it, and an epoch then keeps its steps; otherwise it has `steps`.
+    Raises CheckpointError where the settings differ, and where `latest.pth` is damaged and nothing is left to fall back
+    to. Changes nothing.
     """
     damaged: list[Path] = []
     notes: list[str] = []
@@ -58,9 +61,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
     state = read(mid_epoch)
     if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
         _check_settings(mid_epoch, state, cfg, run, processes)
-        same_share = state["processes"] == processes and _per_step(state["config"], 1) == _per_step(to_dict(cfg), 1)
-        same_steps = _per_step_of(state) == _per_step(to_dict(cfg), processes) and state.get("steps") == steps
-        if same_share or same_steps:
+        if _per_step_of(state) == _per_step(to_dict(cfg), processes):
             whole = {mid_epoch: state}
         else:
             notes.append(
@@ -80,12 +81,16 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         notes += _check_settings(path, state, cfg, run, processes)
         # Within an epoch the curves of its last step are still to be written.
         first_step = state["iteration"] - ("position" in state)
+        kept = state.get("steps", steps)
+        if kept != steps and _per_step_of(state) == _per_step(to_dict(cfg), processes):
+            notes.append(f"note: an epoch keeps its {kept} steps; one begun on {processes} process(es) has {steps}")
+            steps = kept
     notes += [
         f"warning: {bad} is damaged or incomplete: it is kept as {aside_name(bad).name}, and training goes on from "
         + (path.name if path else "the beginning")
         for bad in damaged
     ]
-    return Found(path, first_step, tuple(notes), tuple(damaged))
+    return Found(path, steps, first_step, tuple(notes), tuple(damaged))
 
 
 def _per_step(config: Mapping[str, Any], processes: int) -> Any:

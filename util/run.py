@@ -19,7 +19,7 @@ from dataset.cache import ImageCache, open_cache
 from dataset.files import limit_image_pixels
 from dataset.handover import check_handover
 from dataset.loader import LoaderOptions, default_workers, train_loader, val_loader
-from dataset.semi import EpochSampler, TrainDataset
+from dataset.semi import TrainDataset
 from model import build_model, check_pretrained
 from util.backends import describe_backends, set_backends
 from util.checkpoint import set_aside, tidy, writing
@@ -33,7 +33,6 @@ from util.config import (
     resolve_path,
     to_dict,
 )
-from util.distributed.collectives import from_main
 from util.distributed.group import process_group
 from util.distributed.launch import (
     Processes,
@@ -44,15 +43,15 @@ from util.distributed.launch import (
 )
 from util.errors import ConfigError
 from util.init_from import check_start, load_start
-from util.lists import Lists, check_listed, data_source, describe_doubts, find_lists, identify
-from util.lock import locked, release
+from util.lists import Lists, check_listed, data_source, describe_doubts, epoch_sampler, find_lists, identify
+from util.lock import check_lock, locked, release
 from util.log import RunLog
 from util.loggers import check_loggers
 from util.outputs import identity
 from util.precision import check_precision, describe_precision, set_precision
 from util.resume import Found, find_checkpoint
 from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS, foreign_files
-from util.run_info import hyperparameters, write_info
+from util.run_info import hyperparameters, launch, read_info, write_info
 from util.schedule import build_optimizer
 from util.screen import show_progress
 from util.signals import outside_training
@@ -61,7 +60,10 @@ from util.teacher import Teacher
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run: its values, lists and places. `lr` is the backbone's rate, scaled if the config says so."""
+    """A checked run: its values, lists and places.
+
+    `lr` is the backbone's rate, scaled if the config says so, and `steps` those of an epoch.
+    """
 
     method: str
     cfg: Config
@@ -69,6 +71,7 @@ class Run:
     lists: Lists
     save_path: Path
     checkpoint: Path | None
+    steps: int
     processes: Processes
     device: torch.device
     log: RunLog
@@ -115,7 +118,7 @@ class Run:
             strong_views,
             cfg.photometry,
         )
-        sampler = _sampler(cfg, self.lists, self.processes)
+        sampler = epoch_sampler(cfg, self.lists, self.processes, self.steps)
         return train_loader(dataset, sampler, loader_options(cfg, self.device), cfg.on_bad_image == "skip")
 
     def val_loader(self) -> DataLoader:
@@ -127,21 +130,6 @@ class Run:
             self.processes.rank,
             self.processes.count,
         )
-
-
-def _sampler(cfg: Config, lists: Lists, processes: Processes) -> EpochSampler:
-    unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
-    return EpochSampler(
-        len(lists.labeled),
-        unlabeled,
-        cfg.batch_size,
-        cfg.seed,
-        processes.rank,
-        processes.count,
-        partner=cfg.cutmix_partner,
-        repeat_labeled_to=cfg.supervised_epoch,
-        accumulate=cfg.accumulate,
-    )
 
 
 def loader_options(cfg: Config, device: torch.device) -> LoaderOptions:
@@ -169,61 +157,76 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         check_precision(cfg, device, processes.count)
         set_backends(cfg, device)
         check_handover(loader_options(cfg, device).workers)
-        save_path, lists, found = Path(args.save_path), None, Found(None)
-        if processes.is_main:  # it reads and checks for all
-            lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, show_progress, notes)
-            unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
-            check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
-            check_loggers(cfg.logger)
-            _check_writable(save_path)
-            notes += stack.enter_context(locked(save_path))
-            if args.resume == "auto":
-                steps = len(_sampler(cfg, lists, processes)) // cfg.step_images
-                found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
-                notes += found.notes
-            _check_inputs(cfg, args, save_path, fresh=found.path is None)
-            notes += _check_start(cfg, found)
-            notes += _check_data(cfg, lists)
-            if args.resume == "never" and (aside := set_aside(save_path, resolve_path(args.config))):
-                notes.append(f"earlier results were moved to {aside}")
-            tidy(save_path, found.damaged)
-        cache = stack.enter_context(_open_cache(cfg, save_path))
+        save_path = Path(args.save_path)
         lr = (
             cfg.lr * cfg.batch_size * cfg.accumulate * processes.count / cfg.reference_batch if cfg.scale_lr else cfg.lr
         )
-        told = hyperparameters(method, cfg, processes.count, lr)
-        log = stack.enter_context(RunLog(save_path, processes.is_main, found.first_step, cfg.logger, told))
+        log = RunLog(save_path, active=False)
+        cache = None
+
+        def prepare() -> tuple[Lists, Found] | None:
+            nonlocal log, cache
+            prepared, first_step = None, 0
+            if processes.is_main:  # it reads and checks for all
+                prepared = _, found = _read_and_check(method, cfg, args, processes, stack, notes)
+                first_step = found.first_step
+            cache = stack.enter_context(_open_cache(cfg, save_path))
+            told = hyperparameters(method, cfg, processes.count, lr)
+            log = stack.enter_context(RunLog(save_path, processes.is_main, first_step, cfg.logger, told))
+            return prepared
 
         def ended_by_others(line: str) -> None:  # without leaving this `with`
             log.stopped(line)
             release(save_path)
 
-        stack.enter_context(process_group(processes, device, cfg.dist_timeout, ended_by_others))
-        lists, checkpoint = from_main((lists, found.path))
+        lists, found = stack.enter_context(process_group(processes, device, cfg.dist_timeout, ended_by_others, prepare))
         if processes.is_main:
             own_config = identity(save_path / CONFIG_FILE)  # may be the one that was given: then it stays as it is
             if own_config is None or own_config != identity(resolve_path(args.config)):
                 with writing(save_path / CONFIG_FILE) as temporary:
                     temporary.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8")
             paths = {"labeled_id_path": args.labeled_id_path, "unlabeled_id_path": args.unlabeled_id_path}
-            write_info(save_path, {"method": method, **paths, "processes": processes.count}, device)
-        run = Run(method, cfg, lr, lists, save_path, checkpoint, processes, device, log, cache)
+            values = {"method": method, **paths, "processes": processes.count, "launch": launch()}
+            write_info(save_path, values, device)
+        checkpoint = found.path and save_path / found.path.name
+        run = Run(method, cfg, lr, lists, save_path, checkpoint, found.steps, processes, device, log, cache)
         for line in [*_describe(run), *notes]:
             log.info(line)
         torch.manual_seed(cfg.seed)
         yield run
 
 
-def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tuple[Config, str]:
-    """The published supervised baseline's batch: twice the recipe's, at the same learning rate. With a note."""
-    total = cfg.step_images * processes
-    if any(text.partition("=")[0].strip() == "batch_size" for text in overrides):
-        return cfg, "batch size: as --set says, not doubled"
-    if total >= 2 * cfg.reference_batch:
-        note = f"batch size: not doubled, {total} images a step are already twice the recipe's {cfg.reference_batch}"
-        return replace(cfg, reference_batch=2 * cfg.reference_batch), note
-    cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
-    return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
+def _read_and_check(
+    method: str, cfg: Config, args: argparse.Namespace, processes: Processes, stack: contextlib.ExitStack, notes: list
+) -> tuple[Lists, Found]:
+    """Read the lists, lock the save path until `stack` ends, find the checkpoint, check everything, move things aside.
+
+    `notes` gets lines for the log. Raises ConfigError, DataError, SavePathError, CheckpointError or WeightsError.
+    """
+    lists = find_lists(method, cfg, args.labeled_id_path, args.unlabeled_id_path, show_progress, notes)
+    unlabeled = None if lists.unlabeled is None else len(lists.unlabeled)
+    check_batch(cfg, method, processes.count, len(lists.labeled), unlabeled)
+    check_loggers(cfg.logger)
+    save_path = Path(args.save_path)
+    _check_writable(save_path)
+    notes += stack.enter_context(locked(save_path))
+    anew = args.resume == "never"
+    if anew and launch() and read_info(save_path).get("launch") == launch():
+        anew = False
+        notes.append("note: started again by its launcher: --resume never was done then, so the run continues")
+    steps = len(epoch_sampler(cfg, lists, processes)) // cfg.step_images
+    found = Found(None, steps)
+    if not anew:
+        found = find_checkpoint(save_path, cfg, identify(method, lists), processes.count, steps)
+        notes += found.notes
+    _check_inputs(cfg, args, save_path, fresh=found.path is None)
+    notes += _check_start(cfg, found)
+    notes += _check_data(cfg, lists)
+    check_lock(save_path)  # the check may have taken hours
+    if anew and (aside := set_aside(save_path, resolve_path(args.config))):
+        notes.append(f"earlier results were moved to {aside}")
+    tidy(save_path, found.damaged)
+    return lists, found
 
 
 def _check_inputs(cfg: Config, args: argparse.Namespace, save_path: Path, fresh: bool) -> None:
@@ -262,13 +265,6 @@ def _check_data(cfg: Config, lists: Lists) -> list[str]:
     return [*notes, *(describe_doubts(lists, resolve_path(cfg.data_root)) if cfg.check_data else ())]
 
 
-def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
-    folder = os.path.expanduser(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch")
-    if cfg.cache == "disk" and folder.startswith("~"):
-        raise ConfigError(f"cache: disk: there is no home folder for {folder}: set cache_dir to a folder of yours")
-    return open_cache(cfg.cache, cfg.cache_gb, folder, str(save_path.resolve()))
-
-
 def _check_writable(save_path: Path) -> None:
     if str(save_path).encode("utf-8", "replace").decode() != str(save_path):  # TensorBoard cannot write there
         raise ConfigError(f"--save-path {save_path}: the name is no UTF-8 text; choose another")
@@ -283,6 +279,25 @@ def _check_writable(save_path: Path) -> None:
         raise ConfigError(
             f"--save-path {error.filename or save_path}: cannot be written to: {error.strerror}"
         ) from None
+
+
+def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tuple[Config, str]:
+    """The published supervised baseline's batch: twice the recipe's, at the same learning rate. With a note."""
+    total = cfg.step_images * processes
+    if any(text.partition("=")[0].strip() == "batch_size" for text in overrides):
+        return cfg, "batch size: as --set says, not doubled"
+    if total >= 2 * cfg.reference_batch:
+        note = f"batch size: not doubled, {total} images a step are already twice the recipe's {cfg.reference_batch}"
+        return replace(cfg, reference_batch=2 * cfg.reference_batch), note
+    cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
+    return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
+
+
+def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
+    folder = os.path.expanduser(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch")
+    if cfg.cache == "disk" and folder.startswith("~"):
+        raise ConfigError(f"cache: disk: there is no home folder for {folder}: set cache_dir to a folder of yours")
+    return open_cache(cfg.cache, cfg.cache_gb, folder, str(save_path.resolve()))
 
 
 def _describe(run: Run) -> list[str]:

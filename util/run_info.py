@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from util.checkpoint import writing
 from util.config import Config
+from util.lock import start_time
 from util.run_files import INFO_FILE
 
 
@@ -31,6 +33,15 @@ def read_info(save_path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def launch() -> str | None:
+    """What started this process, the same after a restart: a job of Slurm, or torchrun. None: neither."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"job {job}"
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        return f"torchrun {os.getppid()}, {start_time(os.getppid())}"
+    return None
 
 
 def hyperparameters(method: str, cfg: Config, processes: int, lr: float) -> dict[str, Any]:

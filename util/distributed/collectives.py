@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,17 @@ def from_main(value: Any) -> Any:
     """
     if process_count() == 1:
         return value
-    group = dist.new_group(backend="gloo")  # NCCL would send it from one GPU to another
     buffers: list[Any] = []
     packed = pickle.dumps(value, 5, buffer_callback=buffers.append) if dist.get_rank() == 0 else None
     buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     head = [packed, [len(buffer) for buffer in buffers]]
-    dist.broadcast_object_list(head, group=group)
+    dist.broadcast_object_list(head, device=torch.device("cpu"))
     if dist.get_rank() > 0:
         buffers = [np.empty(size, np.uint8) for size in head[1]]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable|The given NumPy array is not writable")
         for buffer in buffers:
-            dist.broadcast(torch.from_numpy(buffer), 0, group=group)
+            dist.broadcast(torch.from_numpy(buffer), 0)
     return pickle.loads(head[0], buffers=buffers) if dist.get_rank() > 0 else value
 
 
@@ -67,22 +65,19 @@ class DelayedMax:
     """The greatest of all processes' numbers (from 0), one call late: for requests such as "stop" and "save".
 
     The delay hides the all-reduce behind a training step, so that no process waits for it, nor for a GPU: it runs on
-    the CPU, in a gloo group of its own. Create it on all processes, in the same order.
+    the CPU.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)) if process_count() > 1 else None
-        )
+    def __init__(self) -> None:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def reduce(self, number: int) -> int:
         """Send this call's number; returns the maximum of the call before (a process alone: of this call)."""
-        if self._group is None:
+        if process_count() == 1:
             return number
         maximum = self.finish()
         tensor = torch.tensor([number])
-        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True), tensor
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor
         return maximum
 
     def finish(self) -> int:
@@ -92,8 +87,3 @@ class DelayedMax:
         (work, tensor), self._pending = self._pending, None
         work.wait()
         return int(tensor)
-
-    def barrier(self) -> None:
-        """Return when all processes have called this."""
-        if self._group is not None:
-            dist.barrier(self._group)

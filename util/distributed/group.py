@@ -9,10 +9,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from util.distributed.collectives import from_main
 from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, local_process_count, master_address
 from util.distributed.network import choose_interface, interfaces, is_loopback, source_address
 from util.distributed.store import Helper, NoAnswer, StoreLost
@@ -28,19 +30,19 @@ def process_group(
     device: torch.device,
     seconds: float = 600,
     on_failure: Callable[[str], None] = lambda line: None,
-) -> Iterator[None]:
-    """Join the other processes (nccl on GPUs, gloo on the CPU); nothing for a process alone.
+    prepare: Callable[[], Any] = lambda: None,
+) -> Iterator[Any]:
+    """Join the other processes (nccl on GPUs, gloo on the CPU); a process alone only prepares.
 
-    If a process fails, or does not answer within `seconds`, the others end soon and one of them says why
-    (util.distributed.watchdog). `on_failure` gets the line about another process's failure. Raises ConfigError or
-    TrainingStopped where the processes cannot meet.
+    Each process calls `prepare` before the group starts, and all get what it returned to the main one. If a process
+    fails, already then, or does not answer within `seconds`, the others end soon and one of them says why
+    (util.distributed.watchdog). `on_failure` gets the line about another process's failure. Raises what `prepare`
+    raises, and ConfigError or TrainingStopped where the processes cannot meet.
     """
     if processes.count == 1:
-        yield
+        yield prepare()
         return
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
     store = _connect(processes, seconds)
     # torchrun's store stays when the processes are restarted.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -50,6 +52,9 @@ def process_group(
         raise TrainingStopped(f"the processes cannot meet: {error}") from None
     watchdog.start()
     try:
+        prepared = prepare()
+        if cuda:
+            torch.cuda.set_device(device)
         addresses = watchdog.meet(
             source_address(master_address()[0]) or "127.0.0.1", PATIENCE if processes.rank else max(600, seconds)
         )
@@ -57,7 +62,7 @@ def process_group(
             _set_interface(addresses)
         try:
             dist.init_process_group(
-                "nccl" if cuda else "gloo",
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo is for what the processes agree on between steps
                 store=store,
                 rank=processes.rank,
                 world_size=processes.count,
@@ -67,7 +72,7 @@ def process_group(
             dist.barrier()
         except RuntimeError as error:
             raise TrainingStopped(_no_connection(error)) from None
-        yield
+        yield from_main(prepared)
     except (Exception, Interrupted, Silenced) as error:
         # The group stays: without this process the others would fail at once, before it has reported its failure.
         explained = watchdog.explain(error)
@@ -100,7 +105,7 @@ def _connect(processes: Processes, seconds: float) -> dist.Store:
         with contextlib.suppress(NoAnswer):
             return wait(10)
         if processes.local_rank == 0 or not launcher_keeps_store():
-            line = f"note: waiting for process 0 at {address}:{port}, which checks the data first ({LEFT_OVER})"
+            line = f"note: waiting for process 0 at {address}:{port} ({LEFT_OVER})"
             print(line, file=sys.stderr, flush=True)
         return wait(PATIENCE)
     except (NoAnswer, RuntimeError) as error:

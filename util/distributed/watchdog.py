@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, master_address
+from util.distributed.launch import LEFT_OVER, Processes, launcher_keeps_store, local_process_count, master_address
 from util.distributed.store import BoundedStore, StoreLost
 from util.errors import EXIT_CONSEQUENCE, EXIT_STOPPED, Interrupted, Silenced, TrainingStopped, error_line
 from util.signals import StopSignals, keep_error
@@ -40,10 +40,15 @@ class Watchdog:
     `on_failure` gets the line about another process's failure, before this process ends.
     """
 
+    watching = False  # whether this process has one that was not stopped
+
     def __init__(self, processes: Processes, seconds: float, on_failure: Callable[[str], None]) -> None:
         self._rank, self._count, self._seconds = processes.rank, processes.count, seconds
         # Without the store nobody can agree on who reports: then one process of each machine does.
         self._speaks_alone = processes.local_rank == 0 or (processes.rank == 1 and not launcher_keeps_store())
+        several = processes.count > local_process_count()
+        # torchrun's store ends with the first machine's processes; on one machine torchrun ends all.
+        self._store_ends_with_it = several and _machine() == "0" if launcher_keeps_store() else processes.rank == 0
         # Without srun each machine has a terminal of its own, and gets a line of its own.
         self._machine = _machine()
         self._speaks_here = processes.local_rank == 0
@@ -58,6 +63,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to send heartbeats. A process that has not sent one yet is not missed."""
+        Watchdog.watching = True
         self._thread.start()
 
     def meet(self, value: str, patience: float = 7200) -> list[str]:
@@ -88,6 +94,7 @@ class Watchdog:
 
     def stop(self) -> None:
         """Stop watching: the process is going to end."""
+        Watchdog.watching = False
         self._stopped.set()
         self._thread.join(3 * PERIOD)
 
@@ -118,8 +125,8 @@ class Watchdog:
             if disconnected:
                 error = TrainingStopped(self._loss(lost))
             first = not disconnected or self._may_speak_alone()
-        if self._rank == 0 and not launcher_keeps_store():
-            time.sleep(3 * PERIOD)  # the others read it in this process's store
+        if self._store_ends_with_it:
+            time.sleep(3 * PERIOD)  # the others read it there
         return error if first else Silenced(error_line(error))
 
     def _report(self, line: str, store: BoundedStore | None = None) -> bool:

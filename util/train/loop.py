@@ -100,7 +100,7 @@ class Trainer:
 
     def __init__(self, run: Run, step: OptimizerStep, loader: DataLoader, signals: StopSignals) -> None:
         cfg = run.cfg
-        self.progress = Progress(steps=len(loader) // cfg.accumulate)
+        self.progress = Progress(run.steps)
         self._run, self._step, self._loader, self._metrics = run, step, loader, StepMetrics()
         # A compiler compiles again for other shapes, and a CUDA graph has one only.
         self._feed = Feed(run.device, fixed_shapes=cfg.compile or cfg.cuda_graphs, by=cfg.normalization)

@@ -12,7 +12,7 @@ from torch import nn
 from model import read_checkpoint
 from util.checkpoint import save_checkpoint, save_epoch
 from util.config import to_dict
-from util.distributed.collectives import DelayedMax, gather
+from util.distributed.collectives import DelayedMax, all_reduce_sum, gather
 from util.distributed.ddp import unwrap
 from util.errors import EARLIER_KEPT, CheckpointError, Interrupted, TrainingStopped
 from util.resume import as_ours
@@ -37,15 +37,16 @@ class Saver:
         self, run: Run, step: OptimizerStep, metrics: StepMetrics, progress: Progress, signals: StopSignals
     ) -> None:
         self._run, self._step, self._metrics, self._progress, self._signals = run, step, metrics, progress, signals
-        self._requests = DelayedMax(run.cfg.dist_timeout)
+        self._requests = DelayedMax()
         self._unlogged: dict[str, Any] = {}  # after an epoch's last step, before it is logged
+        self._saved: tuple[int, int] | None = None  # epoch and position of the mid-epoch checkpoint
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Load the run's checkpoint, if there is one, and say where training stands."""
         run, progress = self._run, self._progress
         state = None
-        if run.checkpoint:
+        if run.checkpoint and run.checkpoint.exists():  # the main process has read it
             state = as_ours(read_checkpoint(run.checkpoint), run.cfg, run.identity, progress.steps)
         iterations = gather(torch.tensor(state["iteration"] if state else 0, device=run.device))
         if len(iterations.unique()) > 1:
@@ -57,6 +58,8 @@ class Saver:
             return
         self._step.load_state_dict(state, run.checkpoint)
         progress.load_state_dict(state)
+        if run.checkpoint.name == MID_EPOCH:
+            self._saved = progress.epoch, progress.position
         if metrics := state.get("metrics"):
             self._metrics.load_state_dict(metrics, run.processes.rank, run.device)
             # Earlier versions did not save the number of undone steps, only the rows' flags.
@@ -129,10 +132,13 @@ class Saver:
         run, progress = self._run, self._progress
         where = f"iteration {progress.position}/{progress.steps} of epoch {progress.epoch + 1}"
         check_finite(self._step.model, where)
-        if run.processes.is_main:
+        place = progress.epoch, progress.position
+        # Not the same again: a job whose evaluation is longer than its time limit would seem to make progress.
+        if run.processes.is_main and place != self._saved:
             save_checkpoint({**self._state(), **unlogged}, run.save_path / MID_EPOCH)
+            self._saved = place
         if request > self.SAVE:
-            self._requests.barrier()  # a launcher may end the others as soon as the first one ends
+            all_reduce_sum(torch.zeros(1))  # all have come: a launcher may end the others as soon as the first one ends
             number = request - self.SAVE
             raise Interrupted(
                 number,
