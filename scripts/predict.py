@@ -14,7 +14,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from util.cli import run_main
 from util.config import Config, resolve_path
 from util.distributed.launch import choose_device, process_alone
 from util.errors import ConfigError, error_line
-from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, is_own, read_mark, save_picture
+from util.outputs import PICTURE_SUFFIXES, check_suffix, check_targets, is_own, save_picture
 from util.plots import contact_sheet, require_matplotlib
 from util.prediction import KINDS, Options, Predictor, Preview, overlay, source_id, targets_of
 from util.trained import (
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for picture in pictures:
         read_only += [("image", picture.path), *([("label", picture.label)] if picture.label else [])]
     written = [target for kinds in targets for target in kinds.values()]
-    check_targets([*written, *_pages(args)], trained.files(args) + read_only)
-    _check_sources(pictures, targets, args)
+    marks = check_targets([*written, *_pages(args)], trained.files(args) + read_only)
+    _check_sources(pictures, targets, args, marks)
     model = trained.ready(trained.build(), device)
     options = _options(args, cfg, getattr(model, "size_multiple", 1))
     predictor = Predictor(model, device, options, trained.identity())
@@ -195,17 +195,25 @@ def _targets(pictures: Sequence[Picture], args: argparse.Namespace) -> list[dict
     return targets
 
 
-def _check_sources(pictures: Sequence[Picture], targets: Sequence[dict[str, Path]], args: argparse.Namespace) -> None:
-    """Raise ConfigError where two things would be written into one file, be it by this call and an earlier one."""
+def _check_sources(
+    pictures: Sequence[Picture],
+    targets: Sequence[dict[str, Path]],
+    args: argparse.Namespace,
+    marks: Mapping[Path, str],
+) -> None:
+    """Raise ConfigError where two things would be written into one file, be it by this call and an earlier one.
+
+    `marks`: those of the files that are there.
+    """
     taken = {os.path.realpath(target) for kinds in targets for target in kinds.values()}
     for page in _pages(args):
-        if os.path.realpath(page) in taken or " " in (read_mark(page) or ""):  # a prediction's mark has two parts
+        if os.path.realpath(page) in taken or " " in marks.get(Path(page), ""):  # a prediction's mark has two parts
             raise ConfigError(f"{page}: is to be a page, and also a prediction or the other page: choose another name")
         taken.add(os.path.realpath(page))
     for picture, kinds in zip(pictures, targets, strict=True):
         own = source_id(picture.path)
         for target in kinds.values():
-            mark = read_mark(target)
+            mark = marks.get(target)
             if mark == "" or (mark and mark.partition(" ")[2] not in ("", own)):
                 raise ConfigError(
                     f"{target}: was not made from {picture.path}, but from another file: choose another --out, or use "

@@ -23,6 +23,7 @@ from tests.faults import deep_png
 from tests.helpers import PROJECT_ROOT, make_dataset
 from util.config import load_config
 from util.errors import ConfigError
+from util.outputs import read_mark
 from util.palette import OKABE_ITO, colorblind_palette, perceived
 from util.prediction import Options, Predictor
 from util.tiles import predict_bands, tile_spans
@@ -125,6 +126,18 @@ def test_a_large_image_in_tiles_is_what_its_tiles_are_alone(trained, tmp_path, s
             agree += (index[row.first : row.last, column.first : column.last] == expected).sum()
     assert agree >= 0.999 * index.size  # rounding may choose another class where two are equal
     assert "1 large images were predicted in tiles of 64 pixels that share 16" in capsys.readouterr().out
+
+
+def test_the_mark_of_a_finished_prediction_is_read_once_to_refuse_and_once_to_skip(trained, tmp_path, monkeypatch):
+    image = trained.images / "val0.jpg"
+    _run(trained, image, "--out", tmp_path)
+    read = []
+    for module in ("util.outputs", "util.prediction", "scripts.predict"):
+        monkeypatch.setattr(
+            f"{module}.read_mark", lambda path: read.append(str(path)) or read_mark(path), raising=False
+        )
+    _run(trained, image, "--out", tmp_path)
+    assert read == 2 * [str(tmp_path / "val0.png")]
 
 
 def test_what_is_done_is_left_alone_and_other_options_make_it_anew(trained, tmp_path, capsys):

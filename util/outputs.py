@@ -35,12 +35,13 @@ def check_suffix(option: str, path: str | Path, allowed: Iterable[str]) -> None:
         raise ConfigError(f"{option} {path}: the suffix must be one of {', '.join(allowed)}")
 
 
-def check_targets(targets: Iterable[str | Path], sources: Iterable[tuple[str, str | Path]]) -> None:
+def check_targets(targets: Iterable[str | Path], sources: Iterable[tuple[str, str | Path]]) -> dict[Path, str]:
     """Raise ConfigError if a target is one of the `(kind, path)` that are only read, or exists and is not a tool's own.
 
-    Files are compared by identity: neither another spelling of the path nor a link hides a file.
+    Files are compared by identity: neither another spelling of the path nor a link hides a file. Returns the marks of
+    the targets that exist.
     """
-    targets = [Path(target) for target in targets]
+    targets, marks = [Path(target) for target in targets], {}
     existing = {identity(target) for target in targets} - {None}  # few, where the sources may be millions
     known = {key: (kind, path) for kind, path in sources if (key := identity(path)) in existing}
     for target in targets:
@@ -48,14 +49,18 @@ def check_targets(targets: Iterable[str | Path], sources: Iterable[tuple[str, st
         if key in known:
             kind, path = known[key]
             raise ConfigError(f"{target}: is the {kind} {path}, which would be overwritten: choose another output")
-        if key and not is_own(target):
-            what = "is a folder" if target.is_dir() else "exists, and these tools did not write it"
-            raise ConfigError(f"{target}: {what}: choose another output, or move it away")
+        if key:
+            mark = read_mark(target)
+            if mark is None:
+                what = "is a folder" if target.is_dir() else "exists, and these tools did not write it"
+                raise ConfigError(f"{target}: {what}: choose another output, or move it away")
+            marks[target] = mark
         for folder in target.parents:
             if folder.exists():
                 if not folder.is_dir():
                     raise ConfigError(f"{target}: cannot be written: {folder} is no folder: choose another output")
                 break
+    return marks
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
