@@ -7,24 +7,30 @@ On several machines each runs it, with `--nodes`, `--node-rank`, `--master-addr`
 One process per GPU; without a GPU, or with `--set device=cpu`, the processes share the CPU. The port is where the
 processes meet; a free one is taken when none is given. After a failure all processes start again, at most
 `--max-restarts` times. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on, and the processes have GRACE seconds to
-save and end; under nohup SIGHUP is ignored by all.
+save and end; under nohup SIGHUP is ignored by all. Several machines wait for each other for WAIT seconds.
 The exit status is 0, or that of the first process that failed (128 + number if a signal ended it), or 2 with one line
 on stderr if the launch cannot work.
 """
 
 import argparse
+import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
 from util.distributed.network import port_fault
 
 GRACE = 120  # seconds; older versions of torch have 30, and whoever sent the signal may have a limit too
+WAIT = 900  # seconds that a machine waits for the others to come
+NOTE_AFTER = 10  # seconds of them before it says so
+PART = 30  # seconds that a machine whose processes have finished waits for the others, for whom nothing is at stake
 
 
 class LaunchError(ValueError):
@@ -91,6 +97,55 @@ def check_gpus(processes, gpus, arguments):
         )
 
 
+def bound_waiting(args, agent):
+    """Bound the waiting of `agent`, torchrun's class for this machine's part, and let signals end it.
+
+    torch waits inside calls that no signal interrupts and that outlast their timeout where a connection is dead.
+    """
+    from torch.distributed import DistNetworkError
+
+    from util.distributed.store import Helper, NoAnswer
+
+    helper, meet, part = Helper("machines"), agent._rendezvous, agent._exit_barrier
+    place, to_do = f"{args.master_addr}:{args.port}", "start the same command on each, with its own NODE_RANK"
+
+    def rendezvous(self, group):
+        started = time.monotonic()
+        wait = helper.start(lambda: meet(self, group))
+        try:
+            with contextlib.suppress(NoAnswer):
+                return wait(NOTE_AFTER)
+            line = f"note: waiting for the other machines at {place} (NNODES={args.nodes}; {to_do})"
+            print(line, file=sys.stderr, flush=True)
+            return wait(WAIT - NOTE_AFTER + 5)  # on the first machine torch gives up before, and says how many came
+        except (NoAnswer, RuntimeError) as error:
+            within = f" within {WAIT / 60:g} minutes" if time.monotonic() - started >= WAIT else ""
+            came = re.search(r"(\d+)/\d+ clients joined", str(error))
+            if args.node_rank > 0 and not answers(args.master_addr, args.port):
+                what = f"no answer from the first machine (NODE_RANK=0) at {place}{within}: {to_do}"
+            elif within and not isinstance(error, DistNetworkError):
+                count = f"{came[1] if came else 'not all'} of {args.nodes} machines"
+                what = f"{count} came to {place}{within}: {to_do}"
+            else:
+                what = f"the machines cannot meet at {place}: {str(error).splitlines()[0]}"
+            raise LaunchError(what) from None
+
+    def exit_barrier(self):
+        with contextlib.suppress(NoAnswer):
+            helper.call(lambda: part(self), PART)
+
+    agent._rendezvous, agent._exit_barrier = rendezvous, exit_barrier
+
+
+def answers(address, port):
+    """Whether something listens at `port` (int) of `address`."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def first_failure(failures):
     """(rank, exit code) of the process that failed first; a negative exit code is a signal's number.
 
@@ -122,10 +177,15 @@ def exit_status(rank, exitcode):
 def run(args):
     """Run the script under torchrun and return the exit status. A signal to this process is passed on to all."""
     processes, port, nodes = args.processes, args.port, args.nodes
-    # Read when torch is imported. Its warnings bury the one line that says what failed.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Read when torch is imported. Its warnings, and here its errors, which are raised too, bury the one line that says
+    # what failed.
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
     import torch
+
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
     from torch.distributed.elastic.multiprocessing import api as elastic
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -160,11 +220,13 @@ def run(args):
     else:
         meeting += [f"--master-port={port}"]
     if nodes > 1:
+        bound_waiting(args, SimpleElasticAgent)
+        signal.signal(signal.SIGTERM, pass_on)  # which torchrun hears only once the machines have met
         meeting = [
             f"--master-port={port}",
             f"--node-rank={args.node_rank}",
             f"--master-addr={args.master_addr}",
-            "--rdzv-conf=timeout=900",
+            f"--rdzv-conf=timeout={WAIT}",
         ]
     try:
         temporary = tempfile.TemporaryDirectory()  # its own would stay behind
@@ -181,7 +243,7 @@ def run(args):
     except SignalException as error:
         return 128 + error.sigval
     except torch.distributed.DistNetworkError as error:  # the port was taken since the check
-        where = "" if port is None else f" at {args.master_addr or 'port'}{':' if nodes > 1 else ' '}{port}"
+        where = "" if port is None else f" at port {port}"
         raise LaunchError(f"the processes cannot meet{where}: {str(error).splitlines()[0]}") from None
     return 0
 

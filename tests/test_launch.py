@@ -307,6 +307,96 @@ def test_a_port_taken_after_the_check_is_one_line_too(tmp_path):
     assert line.startswith(f"error: the processes cannot meet at port {port}")
 
 
+@pytest.fixture
+def start_machine(tmp_path):
+    """Start scripts.launch as one of several machines, which are this one; its waiting times are short.
+
+    Returns the process, the file with what it says, its folder for temporary files, and where the machines meet.
+    """
+    started = []
+
+    def start(script, rank, nodes, port, wait=3):
+        folder = tmp_path / f"{len(started)}"
+        folder.mkdir()
+        program = f"import sys, scripts.launch as l; l.WAIT, l.NOTE_AFTER, l.PART = {wait}, 1, 1\n"
+        program += "sys.exit(l.main(sys.argv[1:]))"
+        words = [
+            "--processes=1",
+            f"--nodes={nodes}",
+            f"--node-rank={rank}",
+            "--master-addr=127.0.0.1",
+            f"--port={port}",
+        ]
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *words, str(script)],
+            cwd=ROOT, stderr=(tmp_path / f"said{len(started)}").open("w"), env={**os.environ, "TMPDIR": str(folder)},
+        )  # fmt: skip
+        machine = SimpleNamespace(process=process, said=Path(f"{tmp_path}/said{len(started)}"), temporary=folder)
+        machine.place = f"127.0.0.1:{port}"
+        started.append(machine)
+        return machine
+
+    yield start
+    for machine in started:
+        machine.process.kill()
+
+
+def free_port():
+    server, port = listening_port()
+    server.close()
+    return port
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_in_vain_for_the_others_says_so_and_how_many_came(tmp_path, start_machine):
+    script = write(tmp_path / "script.py", RECORD)
+    port = free_port()
+    places = [(0, 2, free_port()), (1, 2, free_port()), (0, 3, port), (1, 3, port)]
+    machines = [start_machine(script, *place) for place in places]
+    errors = []
+    for machine, (_, nodes, _) in zip(machines, places, strict=True):
+        assert machine.process.wait(60) == 2
+        note, error = machine.said.read_text().splitlines()
+        assert note.startswith(f"note: waiting for the other machines at {machine.place} (NNODES={nodes}; start ")
+        assert error.startswith("error: ") and machine.place in error and "with its own NODE_RANK" in error
+        errors.append(error)
+    assert errors[0].startswith(f"error: 1 of 2 machines came to {machines[0].place} within 0.05 minutes: start the ")
+    assert errors[1].startswith(f"error: no answer from the first machine (NODE_RANK=0) at {machines[1].place} within ")
+    assert errors[2].startswith("error: 2 of 3 machines came to ")
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_for_the_others_ends_at_a_signal_and_leaves_nothing(tmp_path, start_machine):
+    script = write(tmp_path / "script.py", RECORD)
+    machines = [start_machine(script, rank, 2, free_port(), wait=300) for rank in range(2)]
+    for machine, number in zip(machines, (signal.SIGINT, signal.SIGTERM), strict=True):
+        deadline = time.monotonic() + 60
+        while "\n" not in (note := machine.said.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert note.startswith("note: waiting for ")
+        machine.process.send_signal(number)
+        assert (machine.process.wait(60), machine.said.read_text()) == (128 + number, note)
+        assert not list(machine.temporary.iterdir())
+
+
+@pytest.mark.slow
+def test_a_machine_that_has_finished_does_not_wait_long_for_one_that_has_not(tmp_path, start_machine):
+    script = write(
+        tmp_path / "script.py",
+        """
+import os, pathlib, time
+while os.environ["RANK"] == "1" and not pathlib.Path(__file__).with_name("go").exists():
+    time.sleep(0.05)
+""",
+    )
+    port = free_port()
+    first, second = (start_machine(script, rank, 2, port, wait=60) for rank in range(2))
+    assert first.process.wait(60) == 0
+    assert second.process.poll() is None
+    (tmp_path / "go").touch()
+    assert second.process.wait(60) == 0
+
+
 def test_a_free_port_is_accepted():
     server, port = listening_port()
     server.close()

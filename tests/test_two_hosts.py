@@ -117,3 +117,29 @@ def test_interfaces_that_do_not_reach_the_other_host_are_named_on_both(hosts, da
     for host in range(2):  # beside torch's own lines
         (line,) = re.findall(r"^error: .*", told(path, host).read_text(), re.MULTILINE)
         assert "cannot connect to the other processes" in line and "GLOO_SOCKET_IFNAME=lo" in line
+
+
+def test_a_host_that_has_finished_ends_although_the_cable_is_pulled(hosts, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(__file__).with_name('started' + os.environ['RANK']).touch()\n"
+        "while not pathlib.Path(__file__).with_name('go' + os.environ['RANK']).exists():\n"
+        "    time.sleep(0.05)\n"
+    )
+    program = "import sys, scripts.launch as l; l.PART = 1; sys.exit(l.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", program, "--processes=1", "--nodes=2", "--port=29500"]
+    words += [f"--master-addr={hosts.addresses[0]}"]
+    processes = [
+        subprocess.Popen(hosts.command(host, *words, f"--node-rank={host}", script), cwd=PROJECT_ROOT)
+        for host in range(2)
+    ]
+    try:
+        wait_for(lambda: (tmp_path / "started0").exists() and (tmp_path / "started1").exists(), "processes", 60)
+        hosts.cut()
+        (tmp_path / "go1").touch()
+        assert processes[1].wait(30) == 0
+    finally:
+        for process in processes:
+            process.kill()
+        (tmp_path / "go0").touch()
