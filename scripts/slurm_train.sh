@@ -149,12 +149,16 @@ done
 # The processes meet at the job's first node, unless MASTER_ADDR names another.
 export MASTER_PORT="$port"
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings bury the one line that says what failed
+# If a process ends with an error, srun ends the others by SIGTERM. One that still imports torch would die of it, and that
+# would be srun's status: the signal is held back until the process can say how it ends (util/signals.py).
+hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])'
+hold="$hold; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 set -- --partition="$partition" --job-name="$method-$dataset-$exp-$split" \
     --nodes="$nodes" --ntasks="$num_gpu" --ntasks-per-node="$gpus_per_node" \
     ${gres:+--gres="$gres:${gpu_type:+$gpu_type:}$gpus_per_node"} \
     --cpus-per-task="$cpus_per_task" --kill-on-bad-exit=1 --export=ALL \
     ${SLURM_STEP_ID:+--overlap} \
-    "$PYTHON" -u "$method.py" --config "$config" --labeled-id-path "$labeled" \
+    "$PYTHON" -c "$hold" -u "$method.py" --config "$config" --labeled-id-path "$labeled" \
     ${unlabeled:+--unlabeled-id-path "$unlabeled"} --save-path "$save" --port "$port" ${double:+--double-batch} "$@"
 # Outside a batch job, which alone has SLURM_JOB_ID but no SLURM_STEP_ID, there is nothing to queue again. In a shell
 # that srun started, --overlap shares the resources that the shell itself holds.

@@ -688,10 +688,16 @@ def test_slurm_train_starts_the_processes_with_ranks_port_and_arguments(project,
         "unimatch.py", "--config", "configs/pascal.yaml", "--labeled-id-path", "splits/pascal/732/labeled.txt",
         "--save-path", "exp/pascal/unimatch/r101/732", "--port", "29500", "--set", "name=two words",
     ]  # fmt: skip
-    assert Path(srun["RECORDED"]).read_text().splitlines()[:11] == [
+    assert Path(srun["RECORDED"]).read_text().splitlines()[:10] == [
         "--partition=gpu", "--job-name=unimatch-pascal-r101-732", "--nodes=1", "--ntasks=3", "--ntasks-per-node=3",
-        "--gres=gpu:3", "--cpus-per-task=5", "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-u",
+        "--gres=gpu:3", "--cpus-per-task=5", "--kill-on-bad-exit=1", "--export=ALL", sys.executable,
     ]  # fmt: skip
+
+
+def test_slurm_train_holds_sigterm_back_while_a_process_imports(project, srun):
+    write(project / "unimatch.py", "import os, signal; os.kill(os.getpid(), 15); print(signal.sigpending())")
+    result = sh(project, "slurm_train.sh", 1, 29500, "gpu", PYTHON=sys.executable, **srun)
+    assert (result.returncode, result.stdout) == (0, "{<Signals.SIGTERM: 15>}\n"), result.stderr
 
 
 def test_slurm_train_spreads_over_nodes(project, srun):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from util.errors import Interrupted, Silenced
+from tests.helpers import PROJECT_ROOT
+from util.errors import EXIT_CONSEQUENCE, Interrupted, Silenced
 from util.signals import StopSignals, keep_error, outside_training
 
 
@@ -35,6 +38,31 @@ def test_outside_training_a_signal_ends_the_process_and_under_srun_process_0_say
     with pytest.raises(expected), outside_training(rank, under_srun=True):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_back", [False, True], ids=["while it waits for process 0 to speak", "while it imports"])
+def test_a_process_that_srun_ends_because_of_an_error_of_all_leaves_srun_the_status_of_process_0(held_back):
+    program = """
+import os, signal, sys, threading
+def end():
+    os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == "True":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    end()
+from util.cli import run_main
+from util.errors import ConfigError
+def main():
+    threading.Timer(0.5, end).start()
+    raise ConfigError("unknown key")
+run_main(main)
+"""
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(held_back)], capture_output=True, text=True, cwd=PROJECT_ROOT,
+        env={**env, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, timeout=60, check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout + result.stderr) == (EXIT_CONSEQUENCE, "")
 
 
 def test_an_error_that_is_to_be_shown_is_not_hidden_by_the_launchers_sigterm():

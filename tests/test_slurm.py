@@ -174,13 +174,15 @@ def test_the_error_of_process_0_is_shown_and_its_status_kept(slurm, data, tmp_pa
     label.unlink()
     try:
         process = srun(slurm, data, tmp_path, "cpu", "--set", "check_data=false", "epochs=1")
-        output, _ = process.communicate(timeout=LIMIT)
+        early = srun(slurm, data, tmp_path / "early", "gpu", "--set", "epoch=1")  # before the processes have met
+        outputs = [started.communicate(timeout=LIMIT)[0] for started in (process, early)]
     finally:
         label.write_bytes(content)
-    assert process.returncode == 2, output
-    assert re.findall(r"^error: (.*)", output, re.MULTILINE) == [
-        f"{label}: no such label (listed paths are relative to data_root)"
-    ]
+    assert [process.returncode, early.returncode] == [2, 2], outputs
+    first, second = (re.findall(r"^error: (.*)", output, re.MULTILINE) for output in outputs)
+    assert first == [f"{label}: no such label (listed paths are relative to data_root)"]
+    (line,) = second
+    assert "'epoch'" in line and not line.startswith("process")
 
 
 def test_srun_alone_ends_all_processes_where_the_first_finds_a_fault(slurm, data, tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from util.distributed.launch import launcher_keeps_store
 from util.distributed.watchdog import Watchdog
 from util.errors import (
     EXIT_CONSEQUENCE,
@@ -26,6 +27,7 @@ from util.errors import (
     error_line,
 )
 from util.screen import steady_output
+from util.signals import expect_end_by_srun
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, config_required: bool = True) -> None:
@@ -88,6 +90,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _run_main(main: Callable[[], None]) -> None:
     rank, silent = _rank(), False
+    expect_end_by_srun(rank, not launcher_keeps_store())
     try:
         main()
         return

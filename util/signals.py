@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from util.errors import Interrupted, Silenced
+from util.errors import EXIT_CONSEQUENCE, Interrupted, Silenced
 
 Item = TypeVar("Item")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, unless it is ignored
@@ -17,6 +18,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, un
 def hangup_is_ignored() -> bool:
     """Whether this process was started to go on after its terminal is closed, as by nohup."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def expect_end_by_srun(rank: int, under_srun: bool) -> None:
+    """From now on, unless something else is installed, SIGTERM ends srun's processes but the first one silently.
+
+    srun sends it once a process has ended with an error. Their own end by that signal would be srun's status, in place
+    of that process's. slurm_train.sh holds the signal back until this is called, while torch is imported.
+    """
+    if rank > 0 and under_srun:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_CONSEQUENCE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 @contextlib.contextmanager
