@@ -1010,7 +1010,7 @@ def test_the_test_script_runs_pytest_and_returns_its_status(project, tmp_path):
     result = sh(project, "test.sh", "-k", "two words", PYTHON=str(python))
     assert (result.returncode, result.stdout) == (
         6,
-        "ran: -m pytest --color=no --numprocesses=2 --dist=worksteal -k two words\n",
+        "ran: -m pytest --color=no --numprocesses=3 --dist=worksteal -k two words\n",
     )
 
 
