@@ -540,24 +540,26 @@ def test_resume_never_starts_anew_and_keeps_what_was_there(data, tmp_path, capsy
     shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("same_launcher", [True, False])
+@pytest.mark.parametrize(("job", "restarts", "goes_on"), [("77", "1", True), ("78", "1", False), ("77", None, False)])
 def test_resume_never_is_not_repeated_by_the_launcher_that_starts_the_run_again(
-    data, tmp_path, monkeypatch, capsys, same_launcher
+    data, tmp_path, monkeypatch, capsys, job, restarts, goes_on
 ):
-    """A job that Slurm queues again has the arguments that it had the first time."""
+    """A job that Slurm queues again has the arguments that it had the first time. In a job's shell they are meant."""
     path = tmp_path / "run"
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with monkeypatch.context() as patch:
         _signal_at(patch, 1, signal.SIGTERM)
         with pytest.raises(Interrupted):
             unimatch.main([*data.arguments(path), "--resume", "never"])
-    monkeypatch.setenv("SLURM_JOB_ID", "77" if same_launcher else "78")
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     capsys.readouterr()
     unimatch.main([*data.arguments(path), "--resume", "never"])
     output = capsys.readouterr().out
-    assert ("started again by its launcher" in output) == same_launcher
-    assert ("0 of 2 epochs are done and 2 of 3 iterations" in output) == same_launcher
-    assert (path / "previous-1").exists() != same_launcher
+    assert ("started again by its launcher" in output) == goes_on
+    assert ("0 of 2 epochs are done and 2 of 3 iterations" in output) == goes_on
+    assert (path / "previous-1").exists() != goes_on
     shutil.rmtree(path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from util.config import load_config
-from util.run_info import hyperparameters, launch, read_info, write_info
+from util.run_info import hyperparameters, is_started_again, launch, read_info, write_info
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,22 @@ def test_a_launcher_is_known_again_after_a_restart(monkeypatch):
     assert launch() == first and str(os.getppid()) in first
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert launch() == "job 77"
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_run_is_started_again_where_its_own_launcher_counts_a_restart(tmp_path, monkeypatch, name):
+    for variable in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert not is_started_again(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    write_info(tmp_path, {"launch": launch()}, torch.device("cpu"))
+    assert not is_started_again(tmp_path)  # a second run in the same job
+    monkeypatch.setenv(name, "0")
+    assert not is_started_again(tmp_path)
+    monkeypatch.setenv(name, "2")
+    assert is_started_again(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert not is_started_again(tmp_path)
 
 
 def test_hyperparameters_are_the_config_without_long_lists(data):

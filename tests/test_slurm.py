@@ -128,7 +128,8 @@ def test_a_run_through_time_limit_preemption_and_scancel_ends_as_one_in_a_partit
     settings = {**variables(data), "gpus_per_node": "1", "gpu_type": "a100"}
     words = ["--parsable", *options.split(), f"--output={output}", "scripts/slurm_train.sh", "2", "29500", "gpu"]
     job = subprocess.run(
-        slurm.command("sbatch", *words, "--save-path", path),
+        # Queued again, a job has the same arguments: it must not begin anew.
+        slurm.command("sbatch", *words, "--save-path", path, "--resume", "never"),
         cwd=PROJECT_ROOT, env=settings, capture_output=True, text=True, check=True, timeout=LIMIT,
     ).stdout.strip()  # fmt: skip
     with slurm.told(job, output):

@@ -51,7 +51,7 @@ from util.outputs import identity
 from util.precision import check_precision, describe_precision, set_precision
 from util.resume import Found, find_checkpoint
 from util.run_files import CONFIG_FILE, LOG_FILE, RESULTS, foreign_files
-from util.run_info import hyperparameters, launch, read_info, write_info
+from util.run_info import hyperparameters, is_started_again, launch, write_info
 from util.schedule import build_optimizer
 from util.screen import show_progress
 from util.signals import outside_training
@@ -166,10 +166,10 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
 
         def prepare() -> tuple[Lists, Found] | None:
             nonlocal log, cache
-            prepared, first_step = None, 0
+            prepared = None
             if processes.is_main:  # it reads and checks for all
-                prepared = _, found = _read_and_check(method, cfg, args, processes, stack, notes)
-                first_step = found.first_step
+                prepared = _read_and_check(method, cfg, args, processes, stack, notes)
+            first_step = prepared[1].first_step if prepared else 0
             cache = stack.enter_context(_open_cache(cfg, save_path))
             told = hyperparameters(method, cfg, processes.count, lr)
             log = stack.enter_context(RunLog(save_path, processes.is_main, first_step, cfg.logger, told))
@@ -196,6 +196,18 @@ def open_run(method: str, args: argparse.Namespace) -> Iterator[Run]:
         yield run
 
 
+def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tuple[Config, str]:
+    """The published supervised baseline's batch: twice the recipe's, at the same learning rate. With a note."""
+    total = cfg.step_images * processes
+    if any(text.partition("=")[0].strip() == "batch_size" for text in overrides):
+        return cfg, "batch size: as --set says, not doubled"
+    if total >= 2 * cfg.reference_batch:
+        note = f"batch size: not doubled, {total} images a step are already twice the recipe's {cfg.reference_batch}"
+        return replace(cfg, reference_batch=2 * cfg.reference_batch), note
+    cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
+    return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
+
+
 def _read_and_check(
     method: str, cfg: Config, args: argparse.Namespace, processes: Processes, stack: contextlib.ExitStack, notes: list
 ) -> tuple[Lists, Found]:
@@ -211,7 +223,7 @@ def _read_and_check(
     _check_writable(save_path)
     notes += stack.enter_context(locked(save_path))
     anew = args.resume == "never"
-    if anew and launch() and read_info(save_path).get("launch") == launch():
+    if anew and is_started_again(save_path):
         anew = False
         notes.append("note: started again by its launcher: --resume never was done then, so the run continues")
     steps = len(epoch_sampler(cfg, lists, processes)) // cfg.step_images
@@ -265,6 +277,13 @@ def _check_data(cfg: Config, lists: Lists) -> list[str]:
     return [*notes, *(describe_doubts(lists, resolve_path(cfg.data_root)) if cfg.check_data else ())]
 
 
+def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
+    folder = os.path.expanduser(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch")
+    if cfg.cache == "disk" and folder.startswith("~"):
+        raise ConfigError(f"cache: disk: there is no home folder for {folder}: set cache_dir to a folder of yours")
+    return open_cache(cfg.cache, cfg.cache_gb, folder, str(save_path.resolve()))
+
+
 def _check_writable(save_path: Path) -> None:
     if str(save_path).encode("utf-8", "replace").decode() != str(save_path):  # TensorBoard cannot write there
         raise ConfigError(f"--save-path {save_path}: the name is no UTF-8 text; choose another")
@@ -279,25 +298,6 @@ def _check_writable(save_path: Path) -> None:
         raise ConfigError(
             f"--save-path {error.filename or save_path}: cannot be written to: {error.strerror}"
         ) from None
-
-
-def _double_batch(cfg: Config, overrides: Sequence[str], processes: int) -> tuple[Config, str]:
-    """The published supervised baseline's batch: twice the recipe's, at the same learning rate. With a note."""
-    total = cfg.step_images * processes
-    if any(text.partition("=")[0].strip() == "batch_size" for text in overrides):
-        return cfg, "batch size: as --set says, not doubled"
-    if total >= 2 * cfg.reference_batch:
-        note = f"batch size: not doubled, {total} images a step are already twice the recipe's {cfg.reference_batch}"
-        return replace(cfg, reference_batch=2 * cfg.reference_batch), note
-    cfg = replace(cfg, batch_size=2 * cfg.batch_size, reference_batch=2 * cfg.reference_batch)
-    return cfg, "batch size: doubled, as the published supervised baseline does; the learning rate is left alone"
-
-
-def _open_cache(cfg: Config, save_path: Path) -> contextlib.AbstractContextManager[ImageCache | None]:
-    folder = os.path.expanduser(cfg.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/unimatch")
-    if cfg.cache == "disk" and folder.startswith("~"):
-        raise ConfigError(f"cache: disk: there is no home folder for {folder}: set cache_dir to a folder of yours")
-    return open_cache(cfg.cache, cfg.cache_gb, folder, str(save_path.resolve()))
 
 
 def _describe(run: Run) -> list[str]:

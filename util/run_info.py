@@ -35,6 +35,14 @@ def read_info(save_path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def is_started_again(save_path: Path) -> bool:
+    """Whether what started the last run there has now started this one: a job queued again, or torchrun's restart."""
+    restarts = (os.environ.get(name) or "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if all(count == "0" for count in restarts):
+        return False
+    return launch() is not None and read_info(save_path).get("launch") == launch()
+
+
 def launch() -> str | None:
     """What started this process, the same after a restart: a job of Slurm, or torchrun. None: neither."""
     if job := os.environ.get("SLURM_JOB_ID"):
