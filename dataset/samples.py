@@ -150,7 +150,7 @@ class SamplesWriter:
         return Samples(data, bounds[:-1], bounds[1:])
 
 
-def _restored(data: bytes | bytearray, starts: np.ndarray, ends: np.ndarray) -> Samples:
+def _restored(data: bytes | np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Samples:
     return Samples(bytes(data), starts, ends)
 
 

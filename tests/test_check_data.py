@@ -97,7 +97,8 @@ def test_errors_are_those_that_stop_training(data, tmp_path):
         kind, path, _ = fault(spoilt)
         lists = [read_list(spoilt.labeled), read_list(spoilt.unlabeled, labels=False), read_list(spoilt.val)]
         label_map = spoilt.settings().get("label_map")
-        found = inspect_lists(*lists, DataSource(spoilt.root, label_map), ["a", "b", "c"], 32).at("error")[kind]
+        result = inspect_lists(*lists, DataSource(spoilt.root, label_map), ["a", "b", "c"], 32)
+        found = result.findings.first("error", kind)
         with pytest.raises(DataError) as caught:
             if fault is image_damaged_inside:
                 read_image(path)

@@ -61,7 +61,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
     state = read(mid_epoch)
     if state and state["epoch"] >= max((other["epoch"] for other in whole.values()), default=0):
         _check_settings(mid_epoch, state, cfg, run, processes)
-        if _per_step_of(state) == _per_step(to_dict(cfg), processes):
+        if _takes_as_many(state, cfg, processes):
             whole = {mid_epoch: state}
         else:
             notes.append(
@@ -82,7 +82,7 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         # Within an epoch the curves of its last step are still to be written.
         first_step = state["iteration"] - ("position" in state)
         kept = state.get("steps", steps)
-        if kept != steps and _per_step_of(state) == _per_step(to_dict(cfg), processes):
+        if kept != steps and _takes_as_many(state, cfg, processes):
             notes.append(f"note: an epoch keeps its {kept} steps; one begun on {processes} process(es) has {steps}")
             steps = kept
     notes += [
@@ -91,6 +91,11 @@ def find_checkpoint(save_path: Path, cfg: Config, run: Mapping[str, str], proces
         for bad in damaged
     ]
     return Found(path, steps, first_step, tuple(notes), tuple(damaged))
+
+
+def _takes_as_many(state: Mapping[str, Any], cfg: Config, processes: int) -> bool:
+    """Whether a step has as many labelled images, over all processes, as when the checkpoint was written."""
+    return _per_step_of(state) == _per_step(to_dict(cfg), processes)
 
 
 def _per_step(config: Mapping[str, Any], processes: int) -> Any:
@@ -152,7 +157,7 @@ def _check_settings(
             f"note: epochs is raised from {epochs} to {cfg.epochs}: from here on the learning rate follows the longer "
             f"schedule, so the end is not that of a run of {cfg.epochs} epochs from the start"
         )
-    if _per_step_of(state) == _per_step(to_dict(cfg), processes):
+    if _takes_as_many(state, cfg, processes):
         # The same images a step, shared among the processes in another way.
         saved |= {key: getattr(cfg, key) for key in ("batch_size", "accumulate")}
     differing = [f"{key}: {saved_run.get(key)} -> {value}" for key, value in run.items() if saved_run.get(key) != value]

@@ -85,10 +85,6 @@ class Inspection:
     pixels: dict[str, np.ndarray]
     images: dict[str, np.ndarray]
 
-    def at(self, level: str) -> dict[str, list[str]]:
-        """{kind: messages} of a level: those that stayed in memory."""
-        return {kind: self.findings.first(level, kind) for kind in self.findings.kinds(level)}
-
 
 def inspect_lists(
     labeled: Sequence[Sample],

@@ -33,18 +33,18 @@ def from_main(value: Any) -> Any:
     """
     if process_count() == 1:
         return value
-    buffers: list[Any] = []
-    packed = pickle.dumps(value, 5, buffer_callback=buffers.append) if dist.get_rank() == 0 else None
+    is_main, buffers = dist.get_rank() == 0, []
+    packed = pickle.dumps(value, 5, buffer_callback=buffers.append) if is_main else None
     buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     head = [packed, [len(buffer) for buffer in buffers]]
     dist.broadcast_object_list(head, device=torch.device("cpu"))
-    if dist.get_rank() > 0:
+    if not is_main:
         buffers = [np.empty(size, np.uint8) for size in head[1]]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable|The given NumPy array is not writable")
         for buffer in buffers:
             dist.broadcast(torch.from_numpy(buffer), 0)
-    return pickle.loads(head[0], buffers=buffers) if dist.get_rank() > 0 else value
+    return value if is_main else pickle.loads(head[0], buffers=buffers)
 
 
 def process_count() -> int:

@@ -46,11 +46,11 @@ class Watchdog:
         self._rank, self._count, self._seconds = processes.rank, processes.count, seconds
         # Without the store nobody can agree on who reports: then one process of each machine does.
         self._speaks_alone = processes.local_rank == 0 or (processes.rank == 1 and not launcher_keeps_store())
-        several = processes.count > local_process_count()
-        # torchrun's store ends with the first machine's processes; on one machine torchrun ends all.
-        self._store_ends_with_it = several and _machine() == "0" if launcher_keeps_store() else processes.rank == 0
         # Without srun each machine has a terminal of its own, and gets a line of its own.
         self._machine = _machine()
+        several = processes.count > local_process_count()
+        # torchrun's store ends with the first machine's processes; on one machine torchrun ends all.
+        self._store_ends_with_it = several and self._machine == "0" if launcher_keeps_store() else processes.rank == 0
         self._speaks_here = processes.local_rank == 0
         self._on_failure = on_failure
         self._closing, self._stopped, self._failed = (threading.Event() for _ in range(3))
